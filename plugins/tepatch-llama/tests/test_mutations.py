@@ -1,0 +1,103 @@
+"""A test that can not fail proves nothing: what breaks a Llama in the field must turn the parity tests red."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tepatch
+from tepatch.errors import PlanError
+from tepatch.plugins import default_host
+
+Make = Callable[..., Any]
+Save = Callable[..., Path]
+
+MHA = {"num_key_value_heads": 4}  # q, k and v have equal shapes: nothing but the numbers can tell them apart
+SWAPS = {
+    "gate and up": ("mlp.gate_proj.weight, mlp.up_proj.weight", "mlp.up_proj.weight, mlp.gate_proj.weight"),
+    "q and k": (
+        "self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj",
+        "self_attn.k_proj.weight, self_attn.q_proj.weight, self_attn.v_proj",
+    ),
+    "k and v": (
+        "self_attn.k_proj.weight, self_attn.v_proj.weight]",
+        "self_attn.v_proj.weight, self_attn.k_proj.weight]",
+    ),
+    "the two norms": ("layer_norm_weight: input_layernorm", "layer_norm_weight: post_attention_layernorm"),
+}
+
+
+def swapped(name: str, folder: Path) -> Path:
+    """The plugin's mapping with two equal-shaped sources exchanged."""
+    text = default_host().patch("llama").mapping_path().read_text()
+    first, second = SWAPS[name]
+    if name == "the two norms":  # exchanged in both places, or the mapping would not even be consistent
+        text = text.replace("layernorm_mlp.layer_norm_weight: post_attention_layernorm", "X: input_layernorm")
+        text = text.replace(first, second).replace("X:", "layernorm_mlp.layer_norm_weight:")
+    else:
+        assert first in text
+        text = text.replace(first, second)
+    path = folder / "mutant.yaml"
+    path.write_text(text)
+    return path
+
+
+def relative_error(model: Any, stock: Any) -> float:
+    tokens = torch.randint(1, 128, (2, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, theirs = model(tokens).logits, stock(tokens).logits
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_the_unmutated_model_agrees(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(**MHA)
+    assert relative_error(tepatch.load("llama", save_checkpoint(stock), backend="reference"), stock) <= 2e-5
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_a_swap_of_equal_shapes_shows_in_the_logits(
+    name: str, tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
+) -> None:
+    stock = tiny_llama(**MHA)
+    folder = save_checkpoint(stock)
+    model = tepatch.load("llama", folder, backend="reference", mapping=swapped(name, tmp_path))
+    assert relative_error(model, stock) > 1e-2
+
+
+def test_a_swap_of_unequal_shapes_does_not_even_load(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
+    folder = save_checkpoint(tiny_llama())
+    with pytest.raises(PlanError, match="wrong shape"):
+        tepatch.load("llama", folder, backend="reference", mapping=swapped("q and k", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 499000.0},
+    ],
+)
+def test_another_rope_shows_in_the_logits(rope: dict[str, Any], tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    folder = save_checkpoint(stock)
+    config = tepatch.hf.config.read_config(folder)
+    config.rope_parameters = rope
+    model = tepatch.load("llama", folder, backend="reference", config=config)
+    assert relative_error(model, stock) > 2e-5
+
+
+def test_an_ignored_cache_shows_in_the_generated_tokens(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
+    tokens = torch.randint(1, 128, (1, 8), generator=torch.Generator().manual_seed(2))
+    expected = stock.generate(tokens, max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(tokens, max_new_tokens=16, do_sample=False), expected)
+    layer = model.model.layers[1]
+    forward = layer.self_attention.forward
+    layer.self_attention.forward = lambda *args, past_key_values=None, **kwargs: forward(*args, **kwargs)
+    assert not torch.equal(model.generate(tokens, max_new_tokens=16, do_sample=False), expected)

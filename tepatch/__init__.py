@@ -1,0 +1,43 @@
+"""Load Hugging Face checkpoints with Transformer Engine layers inside, and prove it before reading a weight.
+
+    model = tepatch.load("llama", "path/to/Llama-3.1-8B", dtype=torch.bfloat16)
+
+Names are imported on first use, so that ``import tepatch`` needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tepatch.api import build, load, plan
+    from tepatch.errors import TepatchError
+    from tepatch.hookspecs import hookimpl
+    from tepatch.patch import Patch
+    from tepatch.replace import replace_layers
+
+__version__ = "0.1.0"
+__all__ = ["Patch", "TepatchError", "build", "hookimpl", "load", "plan", "replace_layers"]
+
+_HOMES = {
+    "Patch": "tepatch.patch",
+    "TepatchError": "tepatch.errors",
+    "build": "tepatch.api",
+    "hookimpl": "tepatch.hookspecs",
+    "load": "tepatch.api",
+    "plan": "tepatch.api",
+    "replace_layers": "tepatch.replace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tepatch' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,19 @@
+"""A checkpoint on disk: the names, shapes and bytes of its tensors.
+
+``open_checkpoint`` looks at headers only, so a plan for a model of any size is made in a moment and before a
+weight is read. Files are taken to be hostile: no pickle is run, no file outside the folder is opened, and
+every size is checked against the file. What is wrong is reported all at once, as a ``CheckpointError``.
+
+    checkpoint = open_checkpoint("path/to/Llama-3.1-8B")
+    for file in checkpoint.files:
+        with checkpoint.open(file) as shard:
+            tensor = shard.read(checkpoint.tensors["model.norm.weight"])
+"""
+
+from __future__ import annotations
+
+from tepatch.checkpoint.dtypes import dtype_code, torch_dtype
+from tepatch.checkpoint.folder import open_checkpoint
+from tepatch.checkpoint.interface import Checkpoint, ShardReader, TensorInfo
+
+__all__ = ["Checkpoint", "ShardReader", "TensorInfo", "dtype_code", "open_checkpoint", "torch_dtype"]

@@ -1,0 +1,68 @@
+"""Small things that the readers of headers and of indexes share: strict JSON, and short lists of names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from tepatch.errors import CheckpointError, Problem
+
+# How many names or problems of one kind a message shows: enough to see the pattern.
+MAX_NAMED = 12
+
+
+def shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """The first names, then how many more there are."""
+    if len(names) <= MAX_NAMED:
+        return tuple(names)
+    return (*names[:MAX_NAMED], f"... and {len(names) - MAX_NAMED:,} more")
+
+
+def counted(number: int) -> str:
+    """A number of tensors, in words.
+
+    >>> counted(1), counted(1200)
+    ('1 tensor', '1,200 tensors')
+    """
+    return f"{number:,} tensor{'' if number == 1 else 's'}"
+
+
+def parse_json(text: bytes, *, where: str, subject: str) -> dict[str, object]:
+    """A JSON object in which no key occurs twice; ``CheckpointError`` for anything else.
+
+    ``subject`` is what the text is called in the message: "header", "index".
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except _DuplicateKeyError as error:
+        key = error.key if error.key.isprintable() else ascii(error.key)
+        what = f"its {subject} lists {key!r} twice"
+        raise CheckpointError(Problem(where=where, what=what)) from None
+    except RecursionError as error:
+        what = f"its {subject} is not JSON that can be read"
+        raise CheckpointError(Problem(where=where, what=what, found="too many brackets")) from error
+    except ValueError as error:
+        what = f"its {subject} is not JSON in UTF-8"
+        raise CheckpointError(Problem(where=where, what=what, found=str(error))) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            Problem(where=where, what=f"its {subject} is not a JSON object", found=type(value).__name__)
+        )
+    return value
+
+
+class _DuplicateKeyError(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return result

@@ -1,0 +1,126 @@
+"""Reading the bytes of one shard, and only if it still is the file whose header was checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tepatch.checkpoint.dtypes import torch_dtype
+from tepatch.checkpoint.interface import TensorInfo
+from tepatch.checkpoint.pickled import load_pickled
+from tepatch.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileStamp:
+    """A file as it was when its header was read."""
+
+    path: Path
+    """The file itself, with links followed."""
+    where: str
+    """The file as the checkpoint names it, for messages."""
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, *, where: str) -> FileStamp:
+        """The stamp of a file now. Raises OSError."""
+        status = os.stat(path)
+        return cls(path=path, where=where, size=status.st_size, mtime_ns=status.st_mtime_ns)
+
+    def verify(self) -> None:
+        """Raise ``CheckpointError`` unless the file is as it was."""
+        try:
+            now = FileStamp.of(self.path, where=self.where)
+        except OSError as error:
+            what = "is gone since its header was read"
+            raise CheckpointError(Problem(where=self.where, what=what, found=str(error))) from error
+        if now != self:
+            raise CheckpointError(
+                Problem(
+                    where=self.where,
+                    what="has changed since its header was read",
+                    expected=f"{self.size:,} bytes, written at {self.mtime_ns} ns",
+                    found=f"{now.size:,} bytes, written at {now.mtime_ns} ns",
+                    fix="wait until nothing writes to the checkpoint, and start again",
+                )
+            )
+
+
+class SafetensorsReader:
+    """One open safetensors file."""
+
+    def __init__(self, stamp: FileStamp) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._stamp = stamp
+        stamp.verify()
+        try:
+            # Any: the package's types leave the methods of this class out.
+            self._file: Any = safe_open(stamp.path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            what = "cannot be opened"
+            raise CheckpointError(Problem(where=stamp.where, what=what, found=str(error))) from error
+
+    def read(self, info: TensorInfo, /) -> torch.Tensor:
+        """The tensor as a memory map of the file."""
+        from safetensors import SafetensorError
+
+        self._stamp.verify()
+        try:
+            tensor = self._file.get_tensor(info.name)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(self._stamp, info, found=str(error)) from error
+        return _as_promised(tensor, info, self._stamp)
+
+    def close(self) -> None:
+        """Let go of the file; tensors that are still held keep their own map of it."""
+        self._file.__exit__(None, None, None)
+
+
+class PickledReader:
+    """One open ``.bin`` file."""
+
+    def __init__(self, stamp: FileStamp) -> None:
+        self._stamp = stamp
+        stamp.verify()
+        self._tensors = load_pickled(stamp.path, where=stamp.where)
+
+    def read(self, info: TensorInfo, /) -> torch.Tensor:
+        """The tensor as a memory map of the file; it may be a view with strides of its own."""
+        self._stamp.verify()
+        if info.name not in self._tensors:
+            raise _unreadable(self._stamp, info, found="no such tensor among the open ones")
+        return _as_promised(self._tensors[info.name], info, self._stamp)
+
+    def close(self) -> None:
+        """Let go of the file; tensors that are still held keep their own map of it."""
+        self._tensors = {}
+
+
+def open_shard(stamp: FileStamp, *, file: str) -> SafetensorsReader | PickledReader:
+    """The reader for a file of this name. Raises ``CheckpointError`` when it cannot be opened."""
+    return PickledReader(stamp) if file.endswith(".bin") else SafetensorsReader(stamp)
+
+
+def _unreadable(stamp: FileStamp, info: TensorInfo, *, found: str) -> CheckpointError:
+    return CheckpointError(Problem(where=f"{stamp.where}: {info.name}", what="cannot be read", found=found))
+
+
+def _as_promised(tensor: torch.Tensor, info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
+    """The tensor, once it is known to be the one that was planned with."""
+    if tuple(tensor.shape) != info.shape or tensor.dtype != torch_dtype(info.dtype):
+        raise CheckpointError(
+            Problem(
+                where=f"{stamp.where}: {info.name}",
+                what="is not the tensor that the header promised",
+                expected=f"{info.dtype} {list(info.shape)}",
+                found=f"{tensor.dtype} {list(tensor.shape)}",
+            )
+        )
+    return tensor

@@ -1,0 +1,159 @@
+"""From what a user names (a folder, a file, a hub id) to the file that a checkpoint starts with.
+
+The order is that of ``from_pretrained`` in transformers: safetensors before ``.bin``, one file before an
+index, and a variant's name stands before the last suffix (``model.safetensors.index.fp16.json``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tepatch.checkpoint.containment import file_inside
+from tepatch.checkpoint.index import index_suffix
+from tepatch.checkpoint.listing import shortened
+from tepatch.errors import CheckpointError, Problem
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+# What a Trainer leaves beside a model, with the suffixes of weights.
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
+
+
+def resolve(
+    location: str | os.PathLike[str],
+    *,
+    variant: str | None,
+    subfolder: str,
+    revision: str | None,
+    use_safetensors: bool | None,
+) -> tuple[Path, str]:
+    """The folder of a checkpoint, and the name in it of its only file or of its index."""
+    path = Path(location)
+    if path.is_file():
+        given = {"variant": variant, "subfolder": subfolder, "revision": revision}
+        _refuse_options(path, given, reason="the path names one file")
+        return path.parent, _chosen_file(path, use_safetensors=use_safetensors)
+    if path.is_dir():
+        _refuse_options(path, {"revision": revision}, reason="the path is a folder, not a hub id")
+    else:
+        path = _cached_snapshot(os.fspath(location), revision=revision)
+    if subfolder:
+        file_inside(path, subfolder)
+        path = path / subfolder
+    wanted = _candidates(variant, use_safetensors=use_safetensors)
+    for name in wanted:
+        # A link counts even when it is broken: to fall through to another file would be silent.
+        if os.path.lexists(path / name):
+            return path, name
+    raise CheckpointError(_nothing_found(path, wanted, variant=variant))
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names in a folder that look like weights, or like an index of weights; sorted."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        # A folder that is not there is reported by what was looked for in it.
+        return []
+    return [name for name in names if _is_weight_name(name)]
+
+
+def _is_weight_name(name: str) -> bool:
+    if _NOT_WEIGHTS.fullmatch(name) or not name.isprintable():
+        return False
+    return name.endswith(_WEIGHT_SUFFIXES) or index_suffix(name) is not None
+
+
+def _refuse_options(path: Path, options: dict[str, str | None], *, reason: str) -> None:
+    given = [f"{name}={value!r}" for name, value in options.items() if value]
+    if given:
+        raise CheckpointError(Problem(where=str(path), what=f"{', '.join(given)} has no meaning: {reason}"))
+
+
+def _chosen_file(path: Path, *, use_safetensors: bool | None) -> str:
+    suffix = index_suffix(path.name) or path.suffix
+    if suffix not in (".safetensors", ".bin"):
+        raise CheckpointError(
+            Problem(
+                where=str(path),
+                what="is not a checkpoint file that tepatch reads",
+                expected="*.safetensors, *.bin, *.safetensors.index.json or *.bin.index.json",
+            )
+        )
+    if use_safetensors is not None and use_safetensors != (suffix == ".safetensors"):
+        raise CheckpointError(Problem(where=str(path), what=f"is not allowed by use_safetensors={use_safetensors}"))
+    return path.name
+
+
+def _candidates(variant: str | None, *, use_safetensors: bool | None) -> list[str]:
+    names = [
+        *(_SAFETENSORS if use_safetensors is not False else ()),
+        *(_PICKLED if use_safetensors is not True else ()),
+    ]
+    if not variant:
+        return names
+    stems = [name.rpartition(".") for name in names]
+    return [f"{stem}.{variant}.{suffix}" for stem, _, suffix in stems]
+
+
+def _cached_snapshot(location: str, *, revision: str | None) -> Path:
+    """The folder of a hub id in the local cache. The network is never used."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    at = f" --revision {revision}" if revision else ""
+    try:
+        # No pattern is asked for: the hub's own check would want every format that the repository offers,
+        # while what is missing here is found, and named, from the index.
+        return Path(snapshot_download(location, revision=revision, local_files_only=True, allow_patterns=[]))
+    except HFValidationError as error:
+        what = "there is no such file or folder, and this cannot be a hub id"
+        raise CheckpointError(Problem(where=location, what=what)) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            Problem(
+                where=location,
+                what="there is no such file or folder, and no such model in the local Hugging Face cache",
+                fix=f"check the path, or run: hf download {location}{at}",
+            )
+        ) from error
+
+
+def _nothing_found(folder: Path, wanted: list[str], *, variant: str | None) -> Problem:
+    if not folder.is_dir():
+        return Problem(where=str(folder), what="there is no such folder")
+    present = weight_files(folder)
+    details = [f"looked for: {name}" for name in wanted]
+    details += [f"is there: {name}" for name in shortened(present)]
+    return Problem(
+        where=str(folder),
+        what="no checkpoint was found in this folder",
+        details=tuple(details),
+        fix=_suggestion(present, wanted, variant=variant),
+    )
+
+
+def _suggestion(present: list[str], wanted: list[str], *, variant: str | None) -> str:
+    if any(name in present for name in _candidates(variant, use_safetensors=None)):
+        return "what is there is left out by use_safetensors: leave that option away"
+    variants = _variants_in(present)
+    if variants:
+        return " or ".join(f"did you mean variant={name!r}?" for name in variants)
+    if any(name.endswith(".gguf") for name in present):
+        return "tepatch does not read GGUF: convert it to safetensors with transformers"
+    if present:
+        return f"name the file itself, if one of these is the checkpoint: {', '.join(shortened(present))}"
+    return "check the path and the subfolder; for a hub id, download its weights"
+
+
+def _variants_in(present: list[str]) -> list[str | None]:
+    """The values of ``variant`` for which there is a checkpoint."""
+    found: dict[str | None, None] = {}
+    for name in (*_SAFETENSORS, *_PICKLED):
+        stem, _, suffix = name.rpartition(".")
+        pattern = re.compile(rf"{re.escape(stem)}(?:\.([A-Za-z0-9_]+))?\.{suffix}")
+        found |= {match[1]: None for match in map(pattern.fullmatch, present) if match}
+    return list(found)

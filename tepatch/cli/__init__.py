@@ -1,0 +1,55 @@
+"""The command line: ``tepatch plugins``, ``check``, ``plan``, ``verify`` and ``schema``.
+
+A command reads its arguments, calls the library and prints. What is heavy (torch, transformers, pydantic) is
+imported inside commands, so that listing plugins takes no longer than it must.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tepatch.cli.checking import check
+from tepatch.cli.listing import plugins, schema
+from tepatch.cli.planning import plan
+from tepatch.cli.verifying import verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help and plain tracebacks: a box around a message breaks the lines that editors and scripts read.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (plugins, check, plan, verify, schema):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    app(prog_name="tepatch")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from tepatch import __version__
+
+        typer.echo(f"tepatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tepatch(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hugging Face models with accelerated layers, and their checkpoints with them.
+
+    Exit codes: 0 fine, 1 the checkpoint or the mapping is wrong (or a bound is missed), 2 wrong usage, such as
+    an unknown option or an unknown patch. Errors go to stderr; with --json they are JSON on stdout as well.
+    """

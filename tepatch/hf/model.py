@@ -1,0 +1,208 @@
+"""Building a Hugging Face model on the meta device with other layers in it, and giving it its weights.
+
+The one place that touches the insides of transformers' models. Nothing global is changed: the meta device is a
+context of this thread, the layer classes are replaced for this context only, and the default dtype stays what
+it is (parameters get their dtype when they get their memory).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tepatch.checkpoint import dtype_code
+from tepatch.errors import LoadError, Problem, UnsupportedError
+from tepatch.mapping.plan import Plan, Spec
+from tepatch.replace import Replacement, replace_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+EXTRA_STATE = "_extra_state"
+"""Transformer Engine's per-module FP8 state: never a weight, never in a checkpoint."""
+
+
+def build_on_meta(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    replacements: Mapping[type, type] | None = None,
+) -> tuple[PreTrainedModel, Replacement | None]:
+    """A ``cls`` on the meta device, with layers replaced; parameters have names and shapes only.
+
+    The model gets its own copy of ``config``. Raises ``ReplaceError`` if a replacement was never used.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    # The layers understand this implementation's masks: none, or boolean with True where to attend.
+    config._attn_implementation = "sdpa"
+    report: Replacement | None = None
+    with torch.device("meta"):
+        if replacements:
+            with replace_layers(replacements) as report:
+                model = cls(config)
+        else:
+            model = cls(config)
+    return model, report
+
+
+def target_specs(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, Spec], dict[str, str]]:
+    """What a checkpoint has to fill: parameters and persistent buffers by name, and which names are tied.
+
+    Floating-point parameters take ``dtype``, except those that the model class keeps in float32.
+    """
+    keep = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        keep += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep_in_float32 = re.compile("|".join(rf"(^|\.){part}(\.|$)" for part in keep)) if keep else None
+    specs: dict[str, Spec] = {}
+    ties: dict[str, str] = {}
+    first: dict[int, str] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, tensor in _named_tensors(model):
+        if name not in persistent:
+            continue
+        if (known := first.setdefault(id(tensor), name)) != name:
+            ties[name] = known
+            continue
+        kept = tensor.dtype
+        if tensor.is_floating_point():
+            kept = torch.float32 if keep_in_float32 and keep_in_float32.search(name) else dtype
+        code = dtype_code(kept)
+        if code is None:
+            raise LoadError(Problem(where=name, what=f"a checkpoint can not hold {kept}"))
+        specs[name] = Spec(tuple(tensor.shape), code)
+    return specs, ties
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Give a meta model its tensors, tie what is tied, and compute the buffers that no checkpoint holds.
+
+    Afterwards nothing of the model is on the meta device; anything else is a ``LoadError``.
+    """
+    for name, tensor in tensors.items():
+        owner, leaf = _owner(model, name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            requires_grad = owner._parameters[leaf].requires_grad  # type: ignore[union-attr]
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+    for name, entry in plan.targets.items():
+        if entry.state == "tied":
+            owner, leaf = _owner(model, name)
+            first, first_leaf = _owner(model, entry.tied_to)
+            owner._parameters[leaf] = first._parameters[first_leaf]
+    compute_buffers(model, device)
+    left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
+    if left:
+        raise LoadError(Problem(where="", what="tensors without values after loading", details=tuple(left[:10])))
+    for module in model.modules():
+        # So that no later call of Hugging Face's initialiser touches a loaded weight: it sets every class
+        # with "LayerNorm" in its name to ones, and LayerNormLinear.weight is the fused QKV.
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give every non-persistent buffer its value, by Hugging Face's own initialiser.
+
+    Raises ``LoadError`` naming a buffer that the initialiser does not know.
+    """
+    for path, module in model.named_modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not names:
+            continue
+        for name in names:
+            meta = module._buffers[name]
+            assert meta is not None
+            module._buffers[name] = poisoned(meta, torch.device("cpu"))
+        with torch.no_grad():
+            model._init_weights(module)  # type: ignore[no-untyped-call]
+        for name in names:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            if is_poisoned(buffer):
+                raise LoadError(
+                    Problem(
+                        where=f"{path}.{name}",
+                        what=f"{type(model).__name__} does not know how to compute this buffer",
+                        fix="report this to the plugin's author: the buffer must be persistent or initialised",
+                    )
+                )
+            module._buffers[name] = buffer.to(device)
+
+
+def poisoned(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor shaped like ``like`` that ``is_poisoned`` recognises until every element has been set."""
+    out = torch.empty_like(like, device=device)
+    if out.is_floating_point() or out.is_complex():
+        return out.fill_(float("nan"))
+    return out.fill_(torch.iinfo(out.dtype).min) if out.dtype != torch.bool else out.zero_()
+
+
+def is_poisoned(tensor: torch.Tensor) -> bool:
+    """Whether any element still is as ``poisoned`` left it."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(torch.isnan(tensor).any())
+    return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).min).any())
+
+
+def refuse_what_is_gone(model: PreTrainedModel) -> None:
+    """Make the model refuse what replaced layers can not give, where it would silently give nothing."""
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
+            module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
+
+
+def finish_loading(model: PreTrainedModel, location: str, folder: Path) -> None:
+    """What ``from_pretrained`` does after the weights: evaluation mode, names, generation settings."""
+    model.eval()  # type: ignore[no-untyped-call]
+    model.config.name_or_path = location
+    model.name_or_path = location
+    if (settings := _generation_config(model, folder)) is not None:
+        model.generation_config = settings
+
+
+def _generation_config(model: PreTrainedModel, folder: Path) -> Any | None:
+    """The checkpoint's own settings, as ``from_pretrained`` finds them; None if the model can't generate."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
+
+
+def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Fused attention has no attention weights to give: say so instead of returning an empty tuple."""
+    wanted = kwargs.get("output_attentions")
+    if wanted or (wanted is None and getattr(module.config, "output_attentions", False)):
+        raise UnsupportedError(
+            Problem(
+                where="output_attentions",
+                what="attention weights do not exist in fused attention layers",
+                fix="load the model with transformers itself to look at its attention weights",
+            )
+        )
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

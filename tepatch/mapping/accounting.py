@@ -1,0 +1,318 @@
+"""Making a plan: meeting the four sides and accounting for every tensor, parameter and rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as MappingABC
+from math import prod
+from typing import Any
+
+from tepatch.errors import PlanError, Problem
+from tepatch.mapping import problems, rules
+from tepatch.mapping.bind import Binder, Template
+from tepatch.mapping.names import NameTemplate
+from tepatch.mapping.plan import Copy, Fill, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec, is_convertible
+from tepatch.mapping.problems import Missing
+from tepatch.mapping.rules import Mapping, Node, Rule
+from tepatch.mapping.values import BindError, Env
+from tepatch.mapping.views import Pair, tiling_error
+
+DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def make_plan(
+    mapping: Mapping,
+    *,
+    config: MappingABC[str, Any],
+    sources: MappingABC[str, TensorSpec],
+    targets: MappingABC[str, TensorSpec],
+    ties: MappingABC[str, str] | None = None,
+    patch: str = "",
+    location: str = "",
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Settle what a load will do.
+
+    ``config`` holds the config's fields by name; ``sources`` the checkpoint's tensors and ``targets`` the
+    model's parameters, by name; ``ties`` maps a target name to the one it is the same parameter as (such names
+    are not in ``targets``). Raises ``PlanError`` with every problem at once.
+    """
+    planner = _Planner(mapping, config, sources, targets, ties or {})
+    return planner.plan(patch=patch, location=location, notes=tuple(notes))
+
+
+def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list[Problem]:
+    """What the mapping ``requires`` of a config and does not find there, each with the sentence it gives."""
+    binder, out = Binder(mapping, config), []
+    for requirement in mapping.requires:
+        condition = requirement.condition
+        try:
+            if binder.holds(condition, {}):
+                continue
+        except BindError as error:
+            out.append(error.problem)
+            continue
+        fields = sorted(name for name in condition.expression.names if name in config)
+        out.append(
+            Problem(
+                where=condition.where,
+                what=requirement.sentence,
+                expected=str(condition),
+                found=", ".join(f"config.{name} = {config[name]!r}" for name in fields),
+                fix="this patch can not serve this model; load it with transformers",
+            )
+        )
+    return out
+
+
+class _Planner:
+    def __init__(
+        self,
+        mapping: Mapping,
+        config: MappingABC[str, Any],
+        sources: MappingABC[str, TensorSpec],
+        targets: MappingABC[str, TensorSpec],
+        ties: MappingABC[str, str],
+    ) -> None:
+        self.mapping = mapping
+        self.sources = sources
+        self.targets = targets
+        self.ties = ties
+        self.binder = Binder(mapping, config)
+        self.problems = dict.fromkeys(requirement_problems(mapping, config))
+        self.copies: list[Copy] = []
+        self.fills: list[Fill] = []
+        self.source_entries: dict[str, SourceEntry] = {}
+        self.target_entries: dict[str, TargetEntry] = {}
+        self.rule_entries: list[RuleEntry] = []
+        self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        """Shape that the rules expect of each source, and the first rule that says so."""
+        self.present: set[tuple[str, int]] = set()
+        """Captures and their values (layers, experts) for which some tensor was found."""
+        # Problems that many layers share are gathered by rule, and told once.
+        self.missing: dict[int, list[Missing]] = {}
+        self.misshapen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+        self.mistyped: dict[tuple[int, str, str], list[str]] = {}
+        self.unknown_targets: dict[int, list[str]] = {}
+        self.unsettled: set[int] = set()
+        """Rules that could not be applied: what they are for is not told as unused or not filled as well."""
+
+    def plan(self, *, patch: str, location: str, notes: tuple[str, ...]) -> Plan:
+        for index, rule in enumerate(self.mapping.rules):
+            self.rule_entries.append(self._apply(index, rule))
+        self._check_consumption()
+        free = self._check_rest()
+        self._tell_gathered(free)
+        if self.problems:
+            count = len(self.problems)
+            raise PlanError(
+                self.problems,
+                heading=f"{self.mapping.name} does not fit {location or 'the checkpoint'} "
+                f"({count} problem{'s' if count > 1 else ''})",
+            )
+        order = {name: position for position, name in enumerate(self.targets)}
+        return Plan(
+            patch=patch,
+            mapping=self.mapping.name,
+            digest=self.mapping.digest,
+            location=location,
+            copies=tuple(self.copies),
+            fills=tuple(self.fills),
+            sources={name: self.source_entries[name] for name in self.sources},
+            targets=dict(sorted(self.target_entries.items(), key=lambda item: order.get(item[0], len(order)))),
+            rules=tuple(self.rule_entries),
+            notes=notes,
+        )
+
+    def _tell(self, problem: Problem) -> None:
+        self.problems[problem] = None  # layers that share a problem share its text
+
+    def _apply(self, index: int, rule: Rule) -> RuleEntry:
+        count, applies = 0, False
+        templates: dict[int, Template] = {}
+        try:
+            for env, target in self.binder.instances(rule):
+                if (node := self.binder.choose(rule, env)) is None:
+                    continue
+                applies = True
+                if (earlier := self.target_entries.get(target)) is not None:
+                    first = self.mapping.rules[earlier.rule].where
+                    what = f"a second rule fills {target}"
+                    self._tell(Problem(where=rule.where, what=what, found=f"first at {first}"))
+                elif isinstance(node, rules.TieNode):
+                    count += self._tie(index, rule, node, env, target)
+                elif (spec := self.targets.get(target)) is None:
+                    self.unknown_targets.setdefault(index, []).append(target)
+                    self.unsettled.add(index)
+                else:
+                    template = self._fill(index, node, env, target, spec)
+                    templates[id(template)] = template
+                    count += 1
+        except BindError as error:
+            self._tell(error.problem)
+            self.unsettled.add(index)
+        sources = dict.fromkeys(piece.source.text for template in templates.values() for piece in template.pieces)
+        return RuleEntry(rule.where, rule.target.text, "used" if applies else "off", count, tuple(sources))
+
+    def _fill(self, index: int, node: Node, env: Env, target: str, spec: TensorSpec) -> Template:
+        # The entry stands even if the rule does not fit: one problem, not also "no rule fills it".
+        dtype = DTYPE_CODES[node.cast] if node.cast else spec.dtype
+        self.target_entries[target] = TargetEntry(tuple(spec.shape), dtype, "filled", index)
+        template, names = self._best_alternative(node, env, tuple(spec.shape))
+        if not template.pieces:
+            self.target_entries[target] = TargetEntry(tuple(spec.shape), dtype, "created", index)
+        for fill in template.fills:
+            self.fills.append(Fill(target, fill.pair, fill.value, index))
+        for piece, name in zip(template.pieces, names, strict=True):
+            self.copies.append(Copy(name, target, piece.pair, piece.affine, index))
+            shape, first = self.shapes.setdefault(name, (piece.shape, index))
+            if shape != piece.shape:
+                self._tell(
+                    Problem(
+                        where=piece.where,
+                        what=f"rules expect different shapes of {name}",
+                        details=(f"{list(shape)} by the rule at {self.mapping.rules[first].where}",),
+                        found=f"{list(piece.shape)} here",
+                    )
+                )
+            captures = (*env.items(), *piece.extra)
+            if (found := self.sources.get(name)) is None:
+                entry = Missing(name, target, captures, len(template.pieces))
+                self.missing.setdefault(index, []).append(entry)
+                continue
+            self.present.update(captures)
+            if tuple(found.shape) != piece.shape:
+                self.misshapen.setdefault((index, piece.shape, tuple(found.shape)), []).append(name)
+            if not is_convertible(found.dtype, dtype):
+                self.mistyped.setdefault((index, found.dtype, dtype), []).append(name)
+        return template
+
+    def _best_alternative(self, node: Node, env: Env, shape: tuple[int, ...]) -> tuple[Template, list[str]]:
+        """The first alternative with all sources in the checkpoint, or else the one that lacks the fewest."""
+        found: list[tuple[int, Template, list[str]]] = []
+        for choice in self.binder.expand(node):
+            template = self.binder.template(choice, shape, env)
+            names = [self.binder.name(p.source, env | dict(p.extra), p.where) for p in template.pieces]
+            found.append((sum(name not in self.sources for name in names), template, names))
+            if found[-1][0] == 0:
+                break
+        _, template, names = min(found, key=lambda each: each[0])
+        return template, names
+
+    def _tie(self, index: int, rule: Rule, node: rules.TieNode, env: Env, target: str) -> int:
+        to, source = (self.binder.name(name, env, rule.where) for name in (node.to, node.source))
+        actual = self.ties.get(target, "")
+        if actual != to:
+            is_parameter = target in self.targets
+            self._tell(problems.wrong_tie(rule, target, to, actual=actual, is_parameter=is_parameter))
+            self.unsettled.add(index)
+            return 0
+        spec = self.targets[to]
+        self.target_entries[target] = TargetEntry(tuple(spec.shape), spec.dtype, "tied", index, to)
+        if (copy := self.sources.get(source)) is not None and source not in self.shapes:
+            if tuple(copy.shape) != tuple(spec.shape):
+                self.misshapen.setdefault((index, tuple(spec.shape), tuple(copy.shape)), []).append(source)
+            if not is_convertible(copy.dtype, spec.dtype):
+                self.mistyped.setdefault((index, copy.dtype, spec.dtype), []).append(source)
+            self.source_entries[source] = SourceEntry(tuple(copy.shape), copy.dtype, "redundant", to)
+        return 1
+
+    def _check_consumption(self) -> None:
+        """Each source's views must tile it: every element goes somewhere, none goes to two places."""
+        used: dict[str, list[Copy]] = {}
+        for copy in self.copies:
+            used.setdefault(copy.source, []).append(copy)
+        proven: dict[tuple[Any, ...], str | None] = {}
+        consumed: dict[tuple[tuple[str, ...], str], dict[str, list[str]]] = {}
+        for name, copies in used.items():
+            shape = self.shapes[name][0]
+            key = (shape, *(copy.pair for copy in copies))
+            if key not in proven:
+                proven[key] = _consumption_error([copy.pair for copy in copies], prod(shape))
+            if (wrong := proven[key]) is not None:
+                by = tuple(dict.fromkeys(self.mapping.rules[copy.rule].where for copy in copies))
+                consumed.setdefault((by, wrong), {})[name] = [copy.target for copy in copies]
+            if (spec := self.sources.get(name)) is not None:
+                self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "used")
+        for (by, wrong), uses in consumed.items():
+            self._tell(problems.not_consumed_once(by, uses, wrong))
+
+    def _check_rest(self) -> list[str]:
+        """What no rule touched, on both sides. Returns the sources that are not accounted for."""
+        free = [name for name in self.sources if name not in self.source_entries]
+        for ignored in self.mapping.ignored:
+            for name in free:
+                if ignored.source.pattern.match(name):
+                    spec = self.sources[name]
+                    self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "ignored", ignored.reason)
+            free = [name for name in free if name not in self.source_entries]
+        excused = list(self._excused())
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in free:
+            if not any(pattern.match(name) for pattern in excused):
+                groups.setdefault(self._explain_unexpected(name), []).append(name)
+        for (reason, fix), names in groups.items():
+            self._tell(problems.unexpected(self.mapping.name, names, reason, fix))
+        uncovered = [
+            name
+            for name in self.targets
+            if name not in self.target_entries and not any(pattern.match(name) for pattern in excused)
+        ]
+        if uncovered:
+            self._tell(problems.uncovered(self.mapping.name, uncovered))
+        for alias, to in self.ties.items():
+            if alias not in self.target_entries and not any(pattern.match(alias) for pattern in excused):
+                self._tell(problems.unsaid_tie(self.mapping.name, alias, to))
+        return free
+
+    def _excused(self) -> Iterator[Any]:
+        """Patterns of the names that a rule which could not be applied stands for."""
+        for index in sorted(self.unsettled):
+            rule = self.mapping.rules[index]
+            yield rule.target.pattern
+            yield from (name.pattern for node in rule.choices for name in rules.leaves(node))
+
+    def _explain_unexpected(self, name: str) -> tuple[str, str]:
+        captures = self.mapping.captures
+        for template in self._source_names():
+            match = template.pattern.match(name)
+            for field, text in zip(template.fields, match.groups() if match else (), strict=False):
+                if field.text in captures and int(text) not in (domain := self.binder.domain(field.text)):
+                    return problems.beyond(field.text, captures[field.text], domain)
+        return "", ""
+
+    def _source_names(self) -> Iterator[NameTemplate]:
+        return (name for rule in self.mapping.rules for node in rule.choices for name in rules.leaves(node))
+
+    def _tell_gathered(self, free: Sequence[str]) -> None:
+        for capture, count in self.mapping.captures.items():
+            entries = [entry for each in self.missing.values() for entry in each]
+            needed = {dict(entry.captures).get(capture) for entry in entries} - {None}
+            absent = {value for value in needed if value is not None and (capture, value) not in self.present}
+            if not absent or len(absent) == len(self.binder.domain(capture)):
+                continue  # if nothing at all was found, the names are to blame and not the count
+
+            def is_whole(entry: Missing, capture: str = capture, absent: set[int] = absent) -> bool:
+                return dict(entry.captures).get(capture) in absent
+
+            names = [entry.source for entry in entries if is_whole(entry)]
+            self._tell(problems.nothing_for(capture, count, sorted(absent), names))
+            self.missing = {i: [e for e in each if not is_whole(e)] for i, each in self.missing.items()}
+        for index, entries in self.missing.items():
+            if entries:
+                self._tell(problems.missing(self.mapping.rules[index], entries, free))
+        for (index, expected, found), names in self.misshapen.items():
+            self._tell(problems.misshapen(self.mapping.rules[index], names, expected, found))
+        for (index, found_dtype, wanted), names in self.mistyped.items():
+            self._tell(problems.mistyped(self.mapping.rules[index], names, wanted, found_dtype))
+        for index, names in self.unknown_targets.items():
+            rule, tied_to = self.mapping.rules[index], self.ties.get(names[0], "")
+            self._tell(problems.unknown_targets(rule, names, list(self.targets), tied_to))
+
+
+def _consumption_error(pairs: list[Pair], numel: int) -> str | None:
+    if len(pairs) == 1 and pairs[0].numel == numel:
+        return None  # one view with all elements of a contiguous tensor, each at its own place
+    if sum(one.numel for one in pairs) > numel:
+        return "used twice"
+    return tiling_error([one.source_view() for one in pairs], numel)

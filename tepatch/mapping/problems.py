@@ -1,0 +1,156 @@
+"""How a plan's failures are told: one ``Problem`` for each cause, not one for each tensor that it touches."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tepatch.errors import Problem
+from tepatch.mapping.names import fold, fold_numbers
+from tepatch.mapping.rules import Located, Rule
+
+CONFIG_FIX = "check that config.json belongs to this checkpoint"
+
+
+class Missing(NamedTuple):
+    """A tensor that a rule needs and the checkpoint does not have."""
+
+    source: str
+    target: str
+    captures: tuple[tuple[str, int], ...]
+    """For which layer, expert, ..."""
+    num_parts: int
+    """Tensors that the target is made of."""
+
+
+def missing(rule: Rule, entries: Sequence[Missing], free: Sequence[str]) -> Problem:
+    """Tensors of one rule that are not there; ``free`` are the checkpoint's tensors that no rule uses."""
+    names = [entry.source for entry in entries]
+    targets = dict.fromkeys(entry.target for entry in entries)
+    role = f" (one of {entries[0].num_parts} parts)" if entries[0].num_parts > 1 else ""
+    close = _closest(names[0], free)
+    return Problem(
+        where=rule.where,
+        what=f"{_count(names, 'tensor')} missing from the checkpoint",
+        details=tuple(fold(names)),
+        expected=f"for {', '.join(fold(targets, 2))}{role}",
+        fix=f"did you mean {close}?" if close else "the checkpoint is incomplete, or of another model",
+    )
+
+
+def nothing_for(capture: str, count: Located, values: Sequence[int], names: Iterable[str]) -> Problem:
+    """The checkpoint has not a single tensor for some ``values`` of a capture (a whole layer is missing)."""
+    return Problem(
+        where=count.where,
+        what=f"the checkpoint has nothing for {capture} {fold_numbers(values)}",
+        details=tuple(fold(names)),
+        expected=f"'{capture}' is {count} in the config",
+        fix=f"{CONFIG_FIX}, and that the checkpoint is complete",
+    )
+
+
+def beyond(capture: str, count: Located, domain: Sequence[int]) -> tuple[str, str]:
+    """Why tensors of a layer that the config does not have are unexpected, and what to do."""
+    known = fold_numbers(domain) if domain else "nothing"
+    return f"'{capture}' is {known} ({count} in the config), the checkpoint has more", CONFIG_FIX
+
+
+def unexpected(mapping: str, names: Sequence[str], reason: str, fix: str) -> Problem:
+    """Tensors of the checkpoint that no rule uses."""
+    return Problem(
+        where=mapping,
+        what=f"{_count(names, 'tensor')} of the checkpoint that no rule uses",
+        details=tuple(fold(names)),
+        found=reason,
+        fix=fix or "add a rule, or list it under 'ignore' with the reason",
+    )
+
+
+def misshapen(rule: Rule, names: Sequence[str], expected: tuple[int, ...], found: tuple[int, ...]) -> Problem:
+    """Tensors whose shapes are not what the rule and the model's parameter need."""
+    return Problem(
+        where=rule.where,
+        what=f"wrong shape: {_count(names, 'tensor')}",
+        details=tuple(fold(names)),
+        expected=str(list(expected)),
+        found=str(list(found)),
+        fix=CONFIG_FIX,
+    )
+
+
+def mistyped(rule: Rule, names: Sequence[str], wanted: str, found: str) -> Problem:
+    """Tensors whose numbers do not mean what the parameter's would: packed, quantized or whole numbers."""
+    return Problem(
+        where=rule.where,
+        what=f"{_count(names, 'tensor')} of a dtype that does not convert to the parameter's",
+        details=tuple(fold(names)),
+        expected=wanted,
+        found=found,
+        fix="a quantized checkpoint has to be dequantized first",
+    )
+
+
+def not_consumed_once(wheres: Sequence[str], uses: Mapping[str, Sequence[str]], wrong: str) -> Problem:
+    """Tensors of the checkpoint that rules use twice or only in part; ``uses`` are their targets."""
+    targets = dict.fromkeys(target for each in uses.values() for target in each)
+    return Problem(
+        where=wheres[-1],
+        what=f"{_count(list(uses), 'tensor')} of the checkpoint not consumed exactly once: {wrong}",
+        details=(*fold(uses), f"used for {', '.join(fold(targets))}"),
+        found=f"used by the rules at {', '.join(wheres)}" if len(wheres) > 1 else "",
+    )
+
+
+def unknown_targets(rule: Rule, names: Sequence[str], targets: Sequence[str], tied_to: str) -> Problem:
+    """A rule whose target is not a parameter of the model, or one that is tied to ``tied_to``."""
+    close = _closest(names[0], targets)
+    fix = f"did you mean {close}?" if close else ""
+    return Problem(
+        where=rule.where,
+        what=f"the rule matches no parameter of the model ({_count(names, 'name')})",
+        details=tuple(fold(names)),
+        found=f"{names[0]} is tied to {tied_to} in the model" if tied_to else "",
+        fix=f"write 'tie: {tied_to}' where the config ties them" if tied_to else fix,
+    )
+
+
+def uncovered(mapping: str, names: Sequence[str]) -> Problem:
+    """Parameters of the model that no rule fills."""
+    return Problem(
+        where=mapping,
+        what=f"no rule fills {_count(names, 'parameter')} of the model",
+        details=tuple(fold(names)),
+        fix="add a rule (or 'create' if the checkpoint has nothing for it)",
+    )
+
+
+def unsaid_tie(mapping: str, alias: str, to: str) -> Problem:
+    """The model ties two parameters and the mapping has no rule for it."""
+    return Problem(
+        where=mapping,
+        what=f"the model ties {alias} to {to}, the mapping does not say so",
+        fix=f"add 'tie: {to}' for {alias}",
+    )
+
+
+def wrong_tie(rule: Rule, alias: str, to: str, *, actual: str, is_parameter: bool) -> Problem:
+    """The mapping ties two names and the model does not, or ties them otherwise."""
+    state = "is a parameter of its own" if is_parameter else "is not there"
+    return Problem(
+        where=rule.where,
+        what=f"the mapping ties {alias} to {to}, the model does not",
+        found=f"{alias} is tied to {actual}" if actual else f"{alias} {state}",
+    )
+
+
+def _closest(name: str, candidates: Sequence[str]) -> str:
+    """The candidate spelt most like ``name`` for the same layer and expert numbers; empty if none is close."""
+    numbers = re.findall(r"\d+", name)
+    same = [other for other in candidates if re.findall(r"\d+", other) == numbers]
+    return next(iter(difflib.get_close_matches(name, same[:1000], n=1, cutoff=0.8)), "")
+
+
+def _count(names: Sequence[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' if len(names) != 1 else ''}"

@@ -1,0 +1,85 @@
+"""Holding a document against the schema, and saying what does not fit in the words of a mapping's author."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import ValidationError
+
+from tepatch.errors import MappingError, Problem
+from tepatch.mapping import schema
+from tepatch.mapping.document import Document, Loc
+
+
+def validate(document: Document) -> schema.MappingFile:
+    """The document as a ``MappingFile``. Raises ``MappingError`` with every place where it is not one."""
+    data = document.data
+    if not isinstance(data, dict):
+        raise MappingError(Problem(where=document.where(()), what="a mapping file is a YAML mapping"))
+    # Before anything else: of another version, nothing but the version can be judged.
+    if type(data.get("version")) is not int or data["version"] != schema.SCHEMA_VERSION:
+        raise MappingError(
+            Problem(
+                where=document.where(("version",), 0 if "version" in data else None),
+                what="unknown version of the mapping language",
+                expected=f"version: {schema.SCHEMA_VERSION}",
+                found=repr(data.get("version", "no version")),
+            )
+        )
+    try:
+        return schema.MappingFile.model_validate(data)
+    except ValidationError as error:
+        # A number, or an expression, gives one error for each type that a value is not: they become one.
+        raise MappingError(dict.fromkeys(_explain(document, dict(item)) for item in error.errors())) from None
+
+
+def _explain(document: Document, error: dict[str, Any]) -> Problem:
+    kind, tags = error["type"], [part for part in error["loc"] if _is_tag(part)]
+    loc: Loc = tuple(part for part in error["loc"] if not _is_tag(part))
+    operation = schema.OPERATIONS.get(tags[-1].strip("<>")) if tags else None
+    if kind == "missing":
+        return Problem(where=document.where(loc[:-1]), what=f"'{loc[-1]}' is missing")
+    if kind == "extra_forbidden":
+        known = list((operation or schema.MappingFile).model_fields)
+        if loc[:-1] and loc[-2] in ("take", "pad"):
+            known = list((schema.Take if loc[-2] == "take" else schema.Pad).model_fields)
+        return Problem(where=document.where(loc), what=f"unknown key '{loc[-1]}'", fix=_suggest(str(loc[-1]), known))
+    if kind == "union_tag_invalid":
+        return Problem(
+            where=document.where(loc),
+            what="not an operation",
+            expected="a tensor name, or one of " + ", ".join(schema.OPERATIONS),
+            found=_short(error["input"]),
+            fix=_misspelt_operation(error["input"]),
+        )
+    exact = loc
+    while loc and loc not in document.values:  # pydantic adds the type that it tried
+        loc = loc[:-1]
+    what = error["msg"] if loc == exact else "must be a number or an expression"
+    return Problem(where=document.where(loc, 0), what=f"{_spell(loc)}: {what}", found=_short(error["input"]))
+
+
+def _is_tag(part: str | int) -> bool:
+    return isinstance(part, str) and part in schema.TAGS
+
+
+def _spell(loc: Loc) -> str:
+    return f"'{loc[-1]}'" if isinstance(loc[-1], str) else f"item {loc[-1] + 1} of '{loc[-2]}'"
+
+
+def _misspelt_operation(value: Any) -> str:
+    for key in value if isinstance(value, dict) else ():
+        if close := schema.misspelt(str(key)):
+            return f"'{key}' is not an operation; did you mean '{close}'?"
+    return "no key is an operation" if isinstance(value, dict) else ""
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

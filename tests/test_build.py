@@ -1,0 +1,103 @@
+"""Fresh weights are those that Hugging Face's initialiser draws for the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tepatch
+from tepatch.execute import restore_tensors
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "pad_token_id": 3,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "initializer_range": 0.05,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_has_the_statistics_of_hugging_faces(tied: bool) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**CONFIG, tie_word_embeddings=tied)
+    model = tepatch.build("llama", config, backend="reference")
+    stock = dict(LlamaForCausalLM(config).named_parameters())
+    made = dict(restore_tensors(model.tepatch.plan, dict(model.named_parameters())))
+    assert made.keys() == stock.keys()
+    for name, tensor in made.items():
+        expected = stock[name].detach()
+        if expected.std() == 0:
+            assert torch.equal(tensor, expected), name
+        else:
+            assert float(tensor.std()) == pytest.approx(float(expected.std()), rel=0.03), name
+            assert abs(float(tensor.mean())) < 0.002, name
+    assert not made["model.embed_tokens.weight"][3].any(), "the padding token's embedding is zero"
+
+
+def test_the_fused_qkv_is_not_ones_and_the_norms_are() -> None:
+    model = tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference")
+    fused = model.model.layers[0].self_attention.layernorm_qkv
+    assert float(fused.weight.detach().std()) == pytest.approx(0.05, rel=0.03)
+    assert torch.equal(fused.layer_norm_weight, torch.ones(256))
+
+
+def test_seeds_decide_the_weights_and_layers_differ() -> None:
+    def made(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference")
+        return torch.stack([layer.layernorm_mlp.fc2_weight.detach() for layer in model.model.layers])
+
+    assert torch.equal(made(1), made(1))
+    assert not torch.equal(made(1), made(2))
+    assert not torch.equal(*made(1))
+
+
+def test_a_fresh_model_trains_as_hugging_faces_does() -> None:
+    """The same start, the same batches, the same losses for five steps."""
+    model = tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference")
+    stock = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    stock.load_state_dict(dict(restore_tensors(model.tepatch.plan, dict(model.named_parameters()))))
+    losses: list[list[float]] = []
+    for each in (model, stock):
+        each.train()
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(5)
+        history = []
+        for _ in range(5):
+            ids = torch.randint(0, 1000, (2, 32), generator=generator)
+            loss = each(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(float(loss.detach()))
+        losses.append(history)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])
+def test_dtype_follows_the_argument_then_the_config(dtype: Any) -> None:
+    model = tepatch.build("llama", LlamaConfig(**CONFIG, dtype="float16"), dtype=dtype, backend="reference")
+    assert model.dtype == (torch.float16 if dtype == "auto" else torch.bfloat16)
+
+
+def test_a_fresh_model_is_in_training_mode_like_hugging_faces() -> None:
+    assert tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference").training
+
+
+def test_the_users_config_is_not_touched(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    config = LlamaConfig(**CONFIG)
+    before = config.to_dict()
+    tepatch.build("llama", config, backend="reference", dtype=torch.bfloat16)
+    assert config.to_dict() == before

@@ -1,0 +1,68 @@
+"""What is imported when: the tools must start at once, and on machines without a GPU, or even without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIGHT = ["tepatch", "tepatch.plugins", "tepatch.mapping", "tepatch.checkpoint", "tepatch.te", "tepatch.replace"]
+
+
+@pytest.mark.parametrize("module", [*LIGHT, "tepatch_llama"])
+def test_light_modules_import_no_torch(module: str) -> None:
+    heavy = {"torch", "transformers", "transformer_engine"}
+    program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_tepatch_takes_a_moment() -> None:
+    program = "import time; start = time.perf_counter(); import tepatch; print(time.perf_counter() - start)"
+    times = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+        times.append(float(done.stdout))
+    assert min(times) <= 0.3
+
+
+ORDER = ["errors", "mapping", "checkpoint", "execute", "hf", "api", "verify", "cli"]
+"""Imports go one way: a room may import those before it."""
+
+
+def test_imports_between_rooms_go_one_way(pytestconfig: pytest.Config) -> None:
+    root = pytestconfig.rootpath / "tepatch"
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        if room not in ORDER:
+            continue
+        for name in _imported(path):
+            other = name.split(".")[1] if name.startswith("tepatch.") else ""
+            if other in ORDER:
+                assert ORDER.index(other) <= ORDER.index(room), f"{path.name} of {room} imports {name}"
+
+
+def test_the_core_names_no_architecture(pytestconfig: pytest.Config) -> None:
+    for path in (pytestconfig.rootpath / "tepatch").rglob("*.py"):
+        for name in _imported(path):
+            assert not name.startswith(("tepatch_", "transformers.models")), f"{path} imports {name}"
+
+
+def test_plugins_import_nothing_private_of_tepatch(pytestconfig: pytest.Config) -> None:
+    for path in (pytestconfig.rootpath / "plugins").rglob("src/**/*.py"):
+        for name in _imported(path):
+            assert not any(part.startswith("_") for part in name.split(".")[1:]), f"{path} imports {name}"
+
+
+def _imported(path: Path) -> list[str]:
+    out = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = node.module == "tepatch"
+            out += [f"tepatch.{alias.name}" for alias in node.names] if whole else [node.module]
+    return out

@@ -1,0 +1,360 @@
+"""Loading, from every kind of checkpoint and with every kind of failure, as a user meets it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tepatch
+from tepatch.errors import BackendError, CheckpointError, LoadError, MappingError, PlanError, PluginError, TepatchError
+from tepatch.hf.config import read_config
+
+Make = Callable[..., Any]
+Save = Callable[..., Path]
+
+
+def load(folder: Path | str, **arguments: Any) -> Any:
+    return tepatch.load("llama", folder, backend="reference", **arguments)
+
+
+def assert_loaded(model: Any, stock: Any) -> None:
+    """The same class, the same logits, nothing left on the meta device."""
+    assert type(model) is type(stock)
+    assert not model.training
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    ids = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = model(ids).logits.float(), stock(ids).logits.float()
+    bound = 2e-5 if model.dtype == torch.float32 else 5e-2
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) <= bound
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_loads_however_it_is_cut(
+    kind: str, shards: int, dtype: torch.dtype, tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    stock = tiny_llama(dtype=dtype)
+    model = load(save_checkpoint(stock, kind=kind, shards=shards))
+    assert model.dtype == dtype
+    assert_loaded(model, stock)
+
+
+@pytest.mark.parametrize(
+    "apart", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("embed", "norm", "lm_head")]
+)
+def test_parts_of_one_parameter_may_lie_in_different_files(
+    apart: tuple[str, ...], tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    stock = tiny_llama()
+
+    def place(name: str) -> int:
+        return next((index for index, part in enumerate(apart) if part in name), 0)
+
+    assert_loaded(load(save_checkpoint(stock, shards=3, place=place)), stock)
+
+
+def test_variant_and_subfolder_are_found(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(dtype=torch.float16)
+    folder = save_checkpoint(stock, shards=2, variant="fp16", name="repo/inner")
+    assert_loaded(load(folder.parent, subfolder="inner", variant="fp16"), stock)
+    with pytest.raises(CheckpointError, match="fp16"):
+        load(folder)
+
+
+def test_a_hub_id_is_taken_from_the_local_cache(
+    tiny_llama: Make, save_checkpoint: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = tiny_llama()
+    made = save_checkpoint(stock, shards=2)
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    for index, path in enumerate(made.iterdir()):
+        blob = repo / "blobs" / f"{index:040x}"
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = load("someone/tiny")
+    assert_loaded(model, stock)
+    assert model.name_or_path == "someone/tiny"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16", "auto"])
+def test_dtype_converts_and_the_global_default_stays(
+    dtype: torch.dtype | str, tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    stock = tiny_llama(dtype=torch.bfloat16)
+    model = load(save_checkpoint(stock), dtype=dtype)
+    expected = {"auto": torch.bfloat16, "float16": torch.float16}.get(str(dtype), dtype)
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert model.config.dtype == expected
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_config_and_generation_settings_are_those_of_from_pretrained(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(bos_token_id=5, eos_token_id=7)
+    stock.generation_config.temperature = 0.3
+    stock.generation_config.do_sample = True
+    folder = save_checkpoint(stock)
+    theirs = type(stock).from_pretrained(folder, dtype="auto")
+    model = load(folder)
+    assert model.config.to_dict() == theirs.config.to_dict()
+    assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_auto_picks_the_patch_by_model_type(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    folder = save_checkpoint(stock)
+    model = tepatch.load("auto", folder, backend="reference")
+    assert model.tepatch.patch == "llama"
+    assert_loaded(model, stock)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(PluginError, match="gpt2") as caught:
+        tepatch.load("auto", folder)
+    assert "llama" in str(caught.value)
+
+
+def test_an_unknown_patch_names_the_close_one(tiny_llama: Make, save_checkpoint: Save) -> None:
+    with pytest.raises(PluginError, match="llama"):
+        tepatch.load("lama", save_checkpoint(tiny_llama()))
+
+
+def test_a_user_mapping_takes_the_place_of_the_plugins(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
+    stock = tiny_llama()
+    extra = {"model.extra": torch.zeros(3)}
+    folder = save_checkpoint(stock, extra=extra)
+    with pytest.raises(PlanError, match="no rule uses"):
+        load(folder)
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text("version: 1\nparameters: {model.norm.weight: {conact: [a, b]}}\n")
+    with pytest.raises(MappingError, match="did you mean 'concat'") as caught:
+        load(folder, mapping=mapping)
+    assert caught.value.problems[0].where.startswith(f"{mapping}:2:"), "the whole path, to be clicked"
+    mapping.write_text(
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nignore:\n  - model.extra: left by my trainer\n"
+        "parameters: {}\n"
+    )
+    model = load(folder, mapping=mapping)
+    assert_loaded(model, stock)
+    assert model.tepatch.plan.sources["model.extra"].note == "left by my trainer"
+
+
+def test_a_tied_copy_is_compared_not_loaded(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(tie_word_embeddings=True)
+    head = stock.lm_head.weight.detach().clone()
+    model = load(save_checkpoint(stock, extra={"lm_head.weight": head}, name="same"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.tepatch.plan.sources["lm_head.weight"].state == "redundant"
+    head[3, 5] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(save_checkpoint(stock, extra={"lm_head.weight": head}, name="other"))
+
+
+def break_missing(folder: Path, stock: Any, save: Save) -> Path:
+    return save(stock, shards=2, drop=("model.layers.1.mlp.up_proj.weight",), name="broken")
+
+
+def break_extra(folder: Path, stock: Any, save: Save) -> Path:
+    return save(stock, extra={"model.layers.3.mlp.up_proj.weight": torch.zeros(96, 64)}, name="broken")
+
+
+def break_shape(folder: Path, stock: Any, save: Save) -> Path:
+    wrong = {"model.layers.0.self_attn.k_proj.weight": torch.zeros(64, 64)}
+    return save(stock, extra=wrong, name="broken")
+
+
+def break_absent_shard(folder: Path, stock: Any, save: Save) -> Path:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return folder
+
+
+def break_truncated(folder: Path, stock: Any, save: Save) -> Path:
+    path = folder / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return folder
+
+
+def break_config(folder: Path, stock: Any, save: Save) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    return folder
+
+
+def break_no_config(folder: Path, stock: Any, save: Save) -> Path:
+    (folder / "config.json").unlink()
+    return folder
+
+
+BROKEN: dict[Callable[..., Path], tuple[type[TepatchError], str]] = {
+    break_missing: (PlanError, r"1 tensor missing.*\n.*model\.layers\.1\.mlp\.up_proj\.weight"),
+    break_extra: (PlanError, r"'layer' is 0..2"),
+    break_shape: (PlanError, r"expected: \[32, 64\]\n  found:    \[64, 64\]"),
+    break_absent_shard: (CheckpointError, r"model-00002-of-00002\.safetensors"),
+    break_truncated: (CheckpointError, r"model-00001-of-00002\.safetensors"),
+    break_config: (PlanError, r"'layer' is 0..1 .num_hidden_layers"),
+    break_no_config: (CheckpointError, r"no config\.json"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+def test_a_broken_checkpoint_is_refused_before_a_weight_is_read(
+    damage: Callable[..., Path], tiny_llama: Make, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    stock = tiny_llama()
+    folder = damage(save_checkpoint(stock, shards=2), stock, save_checkpoint)
+    before = dict(vars(modeling_llama.LlamaDecoderLayer))
+    opened = []
+    import safetensors
+
+    original = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: opened.append(a) or original(*a, **k))
+    kind, message = BROKEN[damage]
+    for call in (load, lambda path: tepatch.plan("llama", path, backend="reference")):
+        with pytest.raises(kind, match=message):
+            call(folder)
+    assert not opened
+    assert dict(vars(modeling_llama.LlamaDecoderLayer)) == before
+    assert type(type(stock)(stock.config).model.layers[0]) is modeling_llama.LlamaDecoderLayer
+
+
+def test_all_problems_are_told_at_once(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    dropped = ("model.norm.weight", "model.layers.0.mlp.gate_proj.weight")
+    extra = {"stray.weight": torch.zeros(1), "model.layers.2.input_layernorm.weight": torch.zeros(65)}
+    with pytest.raises(PlanError) as caught:
+        load(save_checkpoint(stock, drop=dropped, extra=extra))
+    text = str(caught.value)
+    for name in (*dropped, *extra):
+        assert name in text
+    assert len(caught.value.problems) == 4
+    assert all(problem.where.startswith("llama.tepatch.yaml") for problem in caught.value.problems)
+
+
+def test_te_is_refused_where_it_is_absent(tiny_llama: Make, save_checkpoint: Save) -> None:
+    from tepatch.te import probe
+
+    if probe().usable:
+        pytest.skip("Transformer Engine can be used here")
+    with pytest.raises(BackendError, match=r"tepatch\[te\]|GPU"):
+        tepatch.load("llama", save_checkpoint(tiny_llama()), backend="te")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bananas", torch.int64])
+def test_a_dtype_that_can_not_hold_weights_is_refused(dtype: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
+    with pytest.raises(PlanError, match="bfloat16"):
+        load(save_checkpoint(tiny_llama()), dtype=dtype)
+
+
+def test_running_out_of_memory_half_way_is_told_and_leaves_nothing(tiny_llama: Make, save_checkpoint: Save) -> None:
+    """In a process of its own with little address space: torch's real allocator fails, not a stand-in."""
+    import subprocess
+    import sys
+
+    folder = save_checkpoint(tiny_llama(vocab_size=200_000, hidden_size=512, num_attention_heads=8))  # 0.8 GB
+    program = f"""
+import resource, torch, transformers, tepatch
+from tepatch.errors import LoadError
+from transformers.models.llama import modeling_llama
+import tepatch_llama.layer, tepatch.api
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 1_300_000_000, -1))
+try:
+    tepatch.load("llama", {str(folder)!r}, backend="reference", progress=False)
+except LoadError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print(error)
+    model = modeling_llama.LlamaModel(transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=9))
+    print(type(model.layers[0]).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert "out of memory on cpu after reading" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("transformers.models.llama.modeling_llama")
+
+
+def test_a_shard_that_shrinks_while_loading_is_an_error(tiny_llama: Make, save_checkpoint: Save) -> None:
+    folder = save_checkpoint(tiny_llama(), shards=2)
+    config = read_config(folder)
+    from tepatch import api
+
+    checkpoint = api.open_checkpoint(folder)
+    patch = api.default_host().patch("llama")
+    path = folder / "model-00002-of-00002.safetensors"
+    with api._prepare(patch, config, checkpoint, dtype="auto", backend="reference", mapping=None) as job:
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises((CheckpointError, LoadError), match="model-00002"):
+            job.execute("cpu", progress=False)
+
+
+def test_a_loaded_model_copies_and_pickles(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    model = load(save_checkpoint(stock))
+    assert_loaded(copy.deepcopy(model), stock)
+    assert_loaded(pickle.loads(pickle.dumps(model)), stock)
+
+
+def test_a_later_initialisation_leaves_the_weights_alone(tiny_llama: Make, save_checkpoint: Save) -> None:
+    """Hugging Face's initialiser sets every class named *LayerNorm* to ones: that would hit the fused QKV."""
+    model = load(save_checkpoint(tiny_llama()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_report_tells_what_happened(tiny_llama: Make, save_checkpoint: Save) -> None:
+    model = load(save_checkpoint(tiny_llama(), shards=2))
+    report = model.tepatch
+    assert report.replaced.startswith("3 x LlamaDecoderLayer")
+    assert report.bytes_read == report.plan.source_bytes == sum(p.numel() * 4 for p in model.parameters())
+    assert json.loads(json.dumps(report.to_json()))["backend"] == "reference"
+    assert "3 x LlamaDecoderLayer" in str(report)
+
+
+def test_nothing_is_initialised_at_random_and_no_file_stays_open(tiny_llama: Make, save_checkpoint: Save) -> None:
+    folder = save_checkpoint(tiny_llama(), shards=3)
+    before = torch.get_rng_state()
+    model = load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert all(parameter.untyped_storage().resizable() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_a_progress_bar_goes_to_stderr_when_wanted(
+    progress: bool | None, shown: bool, tiny_llama: Make, save_checkpoint: Save, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(tiny_llama())
+    load(folder, progress=progress)
+    out, err = capfd.readouterr()
+    assert ("loading: 100%" in err) == shown
+    assert not out
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
+def test_a_device_that_is_not_there_is_refused(device: str, tiny_llama: Make, save_checkpoint: Save) -> None:
+    with pytest.raises(BackendError, match="can not be used"):
+        load(save_checkpoint(tiny_llama()), device=device)
+
+
+def test_whole_numbers_are_no_weights(tiny_llama: Make, save_checkpoint: Save) -> None:
+    """Quantized checkpoints hold integers and scales: cast to floats they would be silent nonsense."""
+    packed = {"model.layers.1.mlp.down_proj.weight": torch.ones(64, 96, dtype=torch.int8)}
+    with pytest.raises(PlanError, match=r"I8") as caught:
+        load(save_checkpoint(tiny_llama(), extra=packed))
+    assert "down_proj" in str(caught.value)
