@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import tepatch
-from tepatch.errors import BackendError, CheckpointError, LoadError, MappingError, PlanError, PluginError, TepatchError
+from tepatch.errors import (
+    BackendError,
+    CheckpointError,
+    LoadError,
+    MappingError,
+    PlanError,
+    PluginError,
+    TepatchError,
+    UnsupportedError,
+)
 from tepatch.hf.config import read_config
 
 Make = Callable[..., Any]
@@ -306,6 +315,14 @@ def test_a_loaded_model_copies_and_pickles(tiny_llama: Make, save_checkpoint: Sa
     model = load(save_checkpoint(stock))
     assert_loaded(copy.deepcopy(model), stock)
     assert_loaded(pickle.loads(pickle.dumps(model)), stock)
+
+
+def test_saving_under_the_patched_names_is_refused(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
+    model = load(save_checkpoint(tiny_llama()))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(UnsupportedError, match="restore_tensors"):
+            each.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_later_initialisation_leaves_the_weights_alone(tiny_llama: Make, save_checkpoint: Save) -> None:

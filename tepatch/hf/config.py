@@ -74,7 +74,8 @@ class ConfigFields(Mapping[str, Any]):
             raise KeyError(name) from None
         if callable(value):
             raise KeyError(name)
-        return value
+        # A composite model's config holds others: text_config.hidden_size looks into one.
+        return ConfigFields(value) if hasattr(value, "model_type") else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._config.to_dict())

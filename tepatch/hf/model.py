@@ -161,7 +161,8 @@ def is_poisoned(tensor: torch.Tensor) -> bool:
 
 
 def refuse_what_is_gone(model: PreTrainedModel) -> None:
-    """Make the model refuse what replaced layers can not give, where it would silently give nothing."""
+    """Make the model refuse what replaced layers can not give, where it would silently give nothing or nonsense."""
+    model.save_pretrained = refuse_saving  # type: ignore[method-assign]
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
@@ -201,6 +202,22 @@ def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 fix="load the model with transformers itself to look at its attention weights",
             )
         )
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """Hugging Face's own saving would write the patched parameters' names into a folder that says it is a stock model.
+
+    Whoever loads such a folder gets random weights and a warning. Not a method, so that copies of the model and
+    pickles of it carry it along.
+    """
+    raise UnsupportedError(
+        Problem(
+            where="save_pretrained",
+            what="this would write a checkpoint that nobody can load: stock config, patched tensor names",
+            fix="rebuild the original tensors with tepatch.execute.restore_tensors(model.tepatch.plan, "
+            "dict(model.named_parameters())) and save those, or keep model.state_dict() for yourself",
+        )
+    )
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

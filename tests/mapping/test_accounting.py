@@ -107,6 +107,27 @@ def test_a_wrong_shape_is_told_with_both(llama: Callable[..., Any]) -> None:
     assert (problem.expected, problem.found) == ("[16, 64]", "[32, 64]")
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I64", "BOOL"])
+def test_a_dtype_that_would_change_the_meaning_is_refused(dtype: str, llama: Callable[..., Any]) -> None:
+    case = llama()
+    for layer in range(3):
+        case.sources[f"model.layers.{layer}.mlp.down_proj.weight"] = Spec((64, 96), dtype)
+    problem = case.problem()
+    assert problem.where == "llama.yaml:26:5"
+    assert problem.what == "3 tensors of a dtype that does not convert to the parameter's"
+    assert problem.details == ("model.layers.{0..2}.mlp.down_proj.weight",)
+    assert (problem.expected, problem.found) == ("BF16", dtype)
+
+
+def test_a_copy_of_a_tied_tensor_must_have_a_dtype_that_converts(llama: Callable[..., Any]) -> None:
+    case = llama()
+    case.config["tie_word_embeddings"] = True
+    del case.targets["lm_head.weight"]
+    case.ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    case.sources["lm_head.weight"] = Spec((50, 64), "I8")
+    assert case.problem().what == "1 tensor of a dtype that does not convert to the parameter's"
+
+
 def test_the_same_number_of_elements_in_another_shape_is_refused(plan_problems: Problems) -> None:
     problem = only(plan_problems("parameters: {a: same}", {"a": (2, 6)}, {"a": (3, 4)}))
     assert (problem.expected, problem.found) == ("[3, 4]", "[2, 6]")

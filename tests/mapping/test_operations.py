@@ -57,6 +57,7 @@ CASES = {
     "rename": Case("a", {"a": (3, 4)}, lambda t: t["a"]),
     "rename of a scalar": Case("a", {"a": ()}, lambda t: t["a"]),
     "rename of an empty tensor": Case("a", {"a": (0, 4)}, lambda t: t["a"]),
+    "rename of a tensor without columns": Case("a", {"a": (4, 0)}, lambda t: t["a"]),
     "concat of equal parts": Case(
         "{concat: [a, b]}", {"a": (3, 4), "b": (3, 4)}, lambda t: torch.cat([t["a"], t["b"]])
     ),
@@ -278,6 +279,23 @@ parameters:
     trip = travel(text, sources, {"l.0.dense": (4, 2), "l.1.experts": (4, 2)}, num_layers=2, dense_layers=[0])
     assert torch.equal(trip.loaded["l.0.dense"], sources["l.0.mlp.w"])
     assert torch.equal(trip.loaded["l.1.experts"], torch.cat([sources["l.1.moe.a"], sources["l.1.moe.b"]]))
+
+
+def test_the_condition_of_a_scope_turns_off_all_rules_in_it(travel: Callable[..., Any]) -> None:
+    text = """captures: {layer: 2}
+parameters:
+  l.{layer}:
+    when: layer > 0
+    a: same
+    deeper:
+      when: biases
+      b: same
+"""
+    trip = travel(text, {"l.1.a": numbers(2)}, {"l.1.a": (2,)}, biases=False)
+    assert [(rule.state, rule.count) for rule in trip.plan.rules] == [("used", 1), ("off", 0)]
+    sources = {"l.1.a": numbers(2), "l.1.deeper.b": numbers(2)}
+    trip = travel(text, sources, dict.fromkeys(sources, (2,)), biases=True)
+    assert [(rule.state, rule.count) for rule in trip.plan.rules] == [("used", 1), ("used", 1)]
 
 
 def test_the_first_choice_whose_condition_holds_is_taken(travel: Callable[..., Any]) -> None:

@@ -16,8 +16,7 @@ from tepatch.errors import MappingError
 from tepatch.mapping import parse_mapping
 from tepatch.mapping.schema import json_schema
 
-jsonschema = pytest.importorskip("jsonschema")
-
+jsonschema = pytest.importorskip("jsonschema")  # in the extra "dev": only a bare machine skips this
 
 RULES = [
     "same",

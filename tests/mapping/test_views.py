@@ -308,7 +308,8 @@ def test_a_hole_an_overlap_and_a_part_outside_are_told(parts: list[View], numel:
 
 
 def test_an_empty_tensor_is_tiled_by_an_empty_view() -> None:
-    assert views.tiling_error([contiguous((0, 4))], 0) is None
+    for shape in ((0,), (0, 4), (4, 0), (2, 0, 3)):
+        assert views.tiling_error([contiguous(shape)], 0) is None
     assert views.tiling_error([contiguous((2, 4))], 0) is not None
 
 
