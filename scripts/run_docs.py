@@ -45,9 +45,10 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _VARIES = (
+    # Before numbers: a digest may end like one (e89eb98875e3).
+    (re.compile(r"\b(sha256) [0-9a-f]+"), r"\1 (digest)"),
     (re.compile(r"\b(tepatch|torch|transformers) \d+\.\S*?(?=,|$)", re.MULTILINE), r"\1 (version)"),
     (re.compile(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+|(?<=\s)0(?=\s)"), "(measured)"),
-    (re.compile(r"\b(sha256) [0-9a-f]+"), r"\1 (digest)"),
     # Why there is no Transformer Engine differs between machines.
     (
         re.compile(r"^( *note: |using the reference modules instead of Transformer Engine: ).*$", re.MULTILINE),

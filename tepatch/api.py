@@ -21,8 +21,16 @@ from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.execute import load_tensors
 from tepatch.hf.config import ConfigFields, model_class, read_config
 from tepatch.hf.fresh import FreshWeights
-from tepatch.hf.model import build_on_meta, finish_loading, install, refuse_what_is_gone, target_specs
-from tepatch.mapping import Mapping, Plan, make_plan, read_mapping
+from tepatch.hf.model import (
+    build_on_meta,
+    finish_loading,
+    install,
+    refuse_what_is_gone,
+    set_generation_config,
+    target_specs,
+)
+from tepatch.mapping import Plan, make_plan, read_mapping
+from tepatch.mapping.accounting import requirement_problems
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
 from tepatch.report import Report
@@ -67,11 +75,12 @@ def load(
     checkpoint = open_checkpoint(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
-    config = config if config is not None else read_config(checkpoint.config_folder)
+    config = _config(config, checkpoint)
     resolved = _find_patch(patch, config, plugins)
     with _prepare(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
+        set_generation_config(job.model, checkpoint.config_folder)
         model = job.execute(device, progress=progress)
-    finish_loading(model, str(location), checkpoint.config_folder)
+    finish_loading(model, str(location))
     return model
 
 
@@ -91,12 +100,9 @@ def build(
     standard deviations; norms at one, biases at zero) and carried over by the mapping. Arguments and errors are
     those of ``load``. The model is in training mode, as Hugging Face's fresh models are.
     """
-    resolved = _find_patch(patch, config, plugins)
-    stock, _ = build_on_meta(model_class(config), config, dtype=_dtype(dtype, config))
-    target = _device(device, probe().usable if backend == AUTO else backend == "te")
-    weights = FreshWeights(stock, dtype=_dtype(dtype, config), device=target)
-    with _prepare(resolved, config, weights, dtype=dtype, backend=backend, mapping=mapping) as job:
-        return job.execute(target, progress=False)
+    resolved = _find_patch(patch, _config(config, None), plugins)
+    with _prepare(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping) as job:
+        return job.execute(device, progress=False)
 
 
 def plan(
@@ -120,7 +126,7 @@ def plan(
     checkpoint = open_checkpoint(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
-    config = config if config is not None else read_config(checkpoint.config_folder)
+    config = _config(config, checkpoint)
     resolved = _find_patch(patch, config, plugins)
     with _prepare(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
         return job.plan
@@ -149,6 +155,8 @@ class _Job:
                     fix="leave device out, or pass backend='reference'",
                 )
             )
+        if isinstance(self.checkpoint, FreshWeights):
+            self.checkpoint.device = target
         tensors, timing = load_tensors(self.plan, self.checkpoint, device=target, progress=progress)
         install(self.model, self.plan, tensors, target)
         refuse_what_is_gone(self.model)
@@ -173,22 +181,30 @@ class _Job:
 def _prepare(
     patch: Patch,
     config: PreTrainedConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     *,
     dtype: torch.dtype | str,
     backend: BackendName,
     mapping: str | PathLike[str] | None,
 ) -> Iterator[_Job]:
-    """Build on meta and plan, with the backend in force for as long as the block lasts."""
+    """Build on meta and plan, with the backend in force for as long as the block lasts.
+
+    Without a checkpoint, fresh weights take its place.
+    """
     wanted = _dtype(dtype, config, checkpoint)
     # A user's file is named as the user named it, so that file:line:column can be clicked.
     path = patch.mapping_path() if mapping is None else Path(mapping)
     rules = read_mapping(path, name=None if mapping is None else str(mapping))
     fields = ConfigFields(config)
-    _check_requirements(rules, fields, checkpoint.location)
+    if problems := requirement_problems(rules, fields):
+        where = checkpoint.location if checkpoint else "config"
+        raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
+    cls = model_class(config)
     with use_backend(backend) as modules:
         started = time.perf_counter()
-        model, replaced = build_on_meta(model_class(config), config, dtype=wanted, replacements=patch.replacements())
+        if checkpoint is None:
+            checkpoint = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
+        model, replaced = build_on_meta(cls, config, dtype=wanted, replacements=patch.replacements())
         built = time.perf_counter()
         targets, ties = target_specs(model, wanted)
         made = make_plan(
@@ -213,19 +229,42 @@ def _prepare(
         )
 
 
-def _check_requirements(rules: Mapping, fields: ConfigFields, location: str) -> None:
-    """What the mapping requires of the config, before a layer that can't compute it is even built."""
-    from tepatch.mapping.accounting import requirement_problems
+def _config(config: Any, checkpoint: Checkpoint | None) -> PreTrainedConfig:
+    """The config that was passed, or else the checkpoint's own."""
+    from transformers import PreTrainedConfig
 
-    if problems := requirement_problems(rules, fields):
-        raise PlanError(problems, heading=f"{location}: this patch can not serve this model")
+    if config is None and checkpoint is not None:
+        return read_config(checkpoint.config_folder)
+    if not isinstance(config, PreTrainedConfig):
+        raise PlanError(
+            Problem(
+                where="config",
+                what="not a config of transformers",
+                expected="a PreTrainedConfig, such as LlamaConfig(...) or AutoConfig.from_pretrained(...)",
+                found=type(config).__name__,
+            )
+        )
+    return config
 
 
 def _find_patch(patch: str | Patch, config: PreTrainedConfig, plugins: PluginHost | None) -> Patch:
-    if isinstance(patch, Patch):
-        return patch
-    host = plugins if plugins is not None else default_host()
-    return host.patch_for_model_type(config.model_type) if patch == AUTO else host.patch(patch)
+    if not isinstance(patch, Patch):
+        host = plugins if plugins is not None else default_host()
+        if patch == AUTO:
+            return host.patch_for_model_type(config.model_type)
+        patch = host.patch(patch)
+    if patch.model_types and config.model_type not in patch.model_types:
+        # Look-alikes load without an error and compute something else (a window, a scale, a norm).
+        raise PlanError(
+            Problem(
+                where="config.model_type",
+                what=f"the patch '{patch.name}' is not made for models of this type",
+                expected=" or ".join(patch.model_types),
+                found=config.model_type,
+                fix="use the patch for this type (tepatch plugins lists them), or 'auto'",
+            )
+        )
+    return patch
 
 
 def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig, checkpoint: Checkpoint | None = None) -> torch.dtype:

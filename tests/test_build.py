@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tepatch
+from tepatch.errors import BackendError, PlanError
 from tepatch.execute import restore_tensors
 
 CONFIG: dict[str, Any] = {
@@ -84,6 +85,35 @@ def test_a_fresh_model_trains_as_hugging_faces_does() -> None:
         losses.append(history)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "gelu"},
+        {"hidden_act": "foo"},
+        {"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}},
+        {"num_key_value_heads": 0},
+        {"num_hidden_layers": 0},
+    ],
+    ids=str,
+)
+def test_what_the_layer_can_not_compute_is_refused(fields: dict[str, Any]) -> None:
+    config = LlamaConfig(**CONFIG)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(PlanError) as caught:
+        tepatch.build("llama", config, backend="reference")
+    assert caught.value.problems[0].where
+
+
+def test_te_that_is_absent_is_what_the_error_names() -> None:
+    from tepatch.te import probe
+
+    if probe().usable:
+        pytest.skip("Transformer Engine can be used here")
+    with pytest.raises(BackendError, match="backend"):
+        tepatch.build("llama", LlamaConfig(**CONFIG), backend="te")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])

@@ -375,3 +375,91 @@ def test_whole_numbers_are_no_weights(tiny_llama: Make, save_checkpoint: Save) -
     with pytest.raises(PlanError, match=r"I8") as caught:
         load(save_checkpoint(tiny_llama(), extra=packed))
     assert "down_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize("location", ["", None, 3, b"bytes", "x" * 6000, "a\0b"])
+def test_what_is_no_location_is_refused(location: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"location|hub id"):
+        load(location)
+
+
+def test_a_subfolder_may_be_a_path(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    folder = save_checkpoint(stock, name="repo/inner")
+    assert_loaded(load(folder.parent, subfolder=Path("inner")), stock)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 65},
+        {"hidden_size": "abc"},
+        {"num_hidden_layers": 2.5},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"vocab_size": -1},
+        {"vocab_size": 10**30},
+        {"head_dim": -16},
+        {"pad_token_id": 9999},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+        {"architectures": ["BertModel"]},
+        {"architectures": ["MistralForCausalLM"]},
+        {"architectures": ["PreTrainedModel"]},
+        {"model_type": "mistral", "architectures": ["LlamaForCausalLM"]},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    ],
+    ids=str,
+)
+def test_a_config_of_nonsense_is_an_error_that_says_so(
+    fields: dict[str, Any], tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    folder = save_checkpoint(tiny_llama())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises((PlanError, CheckpointError), match=r"config|layers|model_type"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", "null", '{"max_new_tokens": "x"}', '{"max_new_tokens": -5}'])
+def test_generation_settings_that_can_not_be_read_are_an_error_before_weights_are(
+    text: str, tiny_llama: Make, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    folder = save_checkpoint(tiny_llama())
+    (folder / "generation_config.json").write_text(text)
+    opened: list[Any] = []
+    original = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: opened.append(a) or original(*a, **k))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load(folder)
+    assert not opened
+
+
+def test_without_generation_settings_the_configs_are_used(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama(eos_token_id=7)
+    folder = save_checkpoint(stock)
+    (folder / "generation_config.json").unlink()
+    theirs = type(stock).from_pretrained(folder)
+    assert load(folder).generation_config.to_dict() == theirs.generation_config.to_dict()
+    (folder / "config.json").unlink()
+    assert load(folder, config=stock.config).generation_config.eos_token_id == 7
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_a_link_out_of_the_folder_is_refused(
+    name: str, tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tiny_llama())
+    (folder / name).rename(tmp_path / "elsewhere.json")
+    (folder / name).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match="leads out"):
+        load(folder)
+
+
+@pytest.mark.parametrize("config", [{}, "config.json", Path("config.json")])
+def test_what_is_no_config_is_refused(config: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
+    with pytest.raises(PlanError, match="PreTrainedConfig"):
+        load(save_checkpoint(tiny_llama()), config=config)
+    with pytest.raises(PlanError, match="PreTrainedConfig"):
+        tepatch.build("llama", config)

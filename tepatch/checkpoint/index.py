@@ -35,6 +35,8 @@ def read_index(folder: Path, name: str) -> dict[str, str]:
     where = str(folder / name)
     path = file_inside(folder, name)
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(Problem(where=where, what="is not a regular file"))
         if os.path.getsize(path) > MAX_INDEX_BYTES:
             raise CheckpointError(
                 Problem(where=where, what=f"is larger than {MAX_INDEX_BYTES:,} bytes: this is not an index")

@@ -31,7 +31,8 @@ def resolve(
     use_safetensors: bool | None,
 ) -> tuple[Path, str]:
     """The folder of a checkpoint, and the name in it of its only file or of its index."""
-    path = Path(location)
+    path = _path(location)
+    subfolder = os.fspath(subfolder)
     if path.is_file():
         given = {"variant": variant, "subfolder": subfolder, "revision": revision}
         _refuse_options(path, given, reason="the path names one file")
@@ -49,6 +50,25 @@ def resolve(
         if os.path.lexists(path / name):
             return path, name
     raise CheckpointError(_nothing_found(path, wanted, variant=variant))
+
+
+def _path(location: object) -> Path:
+    """A location as a path. An empty one is refused: it would be the current folder."""
+    what = ""
+    if not isinstance(location, str | os.PathLike) or not isinstance(os.fspath(location), str):
+        what = "this is no location of a checkpoint"
+    elif not os.fspath(location):
+        what = "the location is empty"
+    else:
+        path = Path(location)
+        try:
+            path.is_file()
+        except (OSError, ValueError) as error:  # too long, or a NUL in it
+            what = f"this is no location of a checkpoint: {error.args[-1]}"
+    if what:
+        where = repr(location)[:80]
+        raise CheckpointError(Problem(where=where, what=what, fix="give a folder, a file, or a hub id (org/name)"))
+    return path
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, PlanError, Problem
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
                 fix="pass config=..., or point to the folder that holds the whole checkpoint",
             )
         )
+    file_inside(folder, path.name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers and its validators raise errors of many unrelated types
         raise CheckpointError(
-            Problem(where=str(path), what="transformers can not read this config", found=_first_line(error))
+            Problem(where=str(path), what="transformers can not read this config", details=told(error))
         ) from error
     return config
 
@@ -43,8 +45,17 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     from transformers import AutoModelForCausalLM
 
     for name in config.architectures or ():
-        cls = getattr(transformers, name, None)
+        cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            if not isinstance(config, cls.config_class or ()):
+                raise PlanError(
+                    Problem(
+                        where="config.json",
+                        what="'architectures' and 'model_type' contradict each other",
+                        found=f"architectures = {config.architectures}, model_type = '{config.model_type}'",
+                        fix="correct config.json",
+                    )
+                )
             return cls
     try:
         return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
@@ -84,5 +95,7 @@ class ConfigFields(Mapping[str, Any]):
         return len(self._config.to_dict())
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def told(error: BaseException) -> tuple[str, ...]:
+    """What an error of another library says, in a few lines."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return (f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:4])

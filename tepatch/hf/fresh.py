@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 class FreshWeights:
     """A ``Checkpoint`` whose tensors are made when they are read. ``stock`` is on the meta device."""
 
-    def __init__(self, stock: PreTrainedModel, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, stock: PreTrainedModel, *, dtype: torch.dtype) -> None:
         self.stock = stock
         self.dtype = dtype
-        self.device = device
+        self.device = torch.device("cpu")
+        """Where tensors are made; to be set before the first is read."""
         self.location = f"fresh {type(stock).__name__}"
         self.also_present: tuple[str, ...] = ()
         self.config_folder = Path()

@@ -8,8 +8,10 @@ it is (parameters get their dtype when they get their memory).
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,9 @@ import torch
 from torch import nn
 
 from tepatch.checkpoint import dtype_code
-from tepatch.errors import LoadError, Problem, UnsupportedError
+from tepatch.checkpoint.containment import file_inside
+from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
+from tepatch.hf.config import told
 from tepatch.mapping.plan import Plan, Spec
 from tepatch.replace import Replacement, replace_layers
 
@@ -37,19 +41,30 @@ def build_on_meta(
 ) -> tuple[PreTrainedModel, Replacement | None]:
     """A ``cls`` on the meta device, with layers replaced; parameters have names and shapes only.
 
-    The model gets its own copy of ``config``. Raises ``ReplaceError`` if a replacement was never used.
+    The model gets its own copy of ``config``. Raises ``ReplaceError`` if a replacement was never used, and
+    ``PlanError`` if no model can be made from the config.
     """
     config = copy.deepcopy(config)
     config.dtype = dtype
     # The layers understand this implementation's masks: none, or boolean with True where to attend.
     config._attn_implementation = "sdpa"
     report: Replacement | None = None
-    with torch.device("meta"):
-        if replacements:
-            with replace_layers(replacements) as report:
-                model = cls(config)
-        else:
+    try:
+        with torch.device("meta"), ExitStack() as stack:
+            if replacements:
+                report = stack.enter_context(replace_layers(replacements))
             model = cls(config)
+    except TepatchError:
+        raise
+    except Exception as error:  # whatever a constructor does with sizes and names that make no sense
+        raise PlanError(
+            Problem(
+                where="config",
+                what=f"no {cls.__name__} can be built from this config",
+                details=told(error),
+                fix="check the config's fields (config.json): sizes, names of activations and rope types",
+            )
+        ) from error
     return model, report
 
 
@@ -168,27 +183,46 @@ def refuse_what_is_gone(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
 
 
-def finish_loading(model: PreTrainedModel, location: str, folder: Path) -> None:
-    """What ``from_pretrained`` does after the weights: evaluation mode, names, generation settings."""
+def finish_loading(model: PreTrainedModel, location: str) -> None:
+    """What ``from_pretrained`` does after the weights: evaluation mode and names."""
     model.eval()  # type: ignore[no-untyped-call]
     model.config.name_or_path = location
     model.name_or_path = location
-    if (settings := _generation_config(model, folder)) is not None:
-        model.generation_config = settings
 
 
-def _generation_config(model: PreTrainedModel, folder: Path) -> Any | None:
-    """The checkpoint's own settings, as ``from_pretrained`` finds them; None if the model can't generate."""
+def set_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give the model the checkpoint's own generation settings, as ``from_pretrained`` finds them.
+
+    A ``generation_config.json`` that is there and can not be read is a ``CheckpointError``: transformers would go
+    on with other settings.
+    """
     from transformers import GenerationConfig
 
     if not model.can_generate():
-        return None
+        return
+    path = folder / "generation_config.json"
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )
+        if os.path.lexists(path):
+            file_inside(folder, path.name)
+            settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        elif (folder / "config.json").is_file():
+            settings = GenerationConfig.from_pretrained(
+                folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+            )
+        else:  # a config that the user passed: the model has made its settings from it already
+            return
+    except TepatchError:
+        raise
+    except Exception as error:  # transformers raises errors of many types for values that it can not use
+        raise CheckpointError(
+            Problem(
+                where=str(path),
+                what="transformers can not read these generation settings",
+                details=told(error),
+                fix="correct the file, or remove it to go on with the config's own settings",
+            )
+        ) from error
+    model.generation_config = settings
 
 
 def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -57,12 +57,12 @@ def read_document(path: Path, *, name: str | None = None) -> Document:
     """Read one YAML file. Raises ``MappingError`` with positions for everything that is wrong in its syntax."""
     name = name or path.name
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise _error(name, f"the file has {size} bytes, a mapping may have {MAX_BYTES}")
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)  # not by its size: a device or a pipe has none
     except OSError as error:
         raise _error(str(path), f"can not read the mapping: {error.strerror or error}") from error
+    if len(raw) > MAX_BYTES:
+        raise _error(name, f"the file is larger than {MAX_BYTES} bytes, which is all that a mapping may have")
     try:
         return parse_document(raw.decode("utf-8"), name=name)
     except UnicodeDecodeError as error:

@@ -143,11 +143,11 @@ def test_the_size_of_a_text_has_a_bound() -> None:
     assert "a mapping may have" in refusal("a: 1\n" + "#" * MAX_BYTES)
 
 
-def test_the_size_of_a_file_is_checked_before_it_is_read(tmp_path: Path) -> None:
+def test_a_file_over_the_cap_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "large.yaml"
     with path.open("wb") as stream:
-        stream.truncate(MAX_BYTES + 1)  # nul bytes: had they been read, the message would be about YAML
-    with pytest.raises(MappingError, match=f"the file has {MAX_BYTES + 1} bytes"):
+        stream.truncate(MAX_BYTES + 1)  # nul bytes: had they been parsed, the message would be about YAML
+    with pytest.raises(MappingError, match=f"the file is larger than {MAX_BYTES} bytes"):
         read_document(path)
 
 
@@ -181,3 +181,8 @@ def test_a_byte_order_mark_and_other_line_ends_change_nothing(tmp_path: Path) ->
     document = read_document(path)
     assert document.data == {"a": 1, "b": "x"}
     assert document.where(("b",)) == "windows.yaml:2:1"
+
+
+def test_a_device_without_an_end_is_read_no_further_than_the_cap() -> None:
+    with pytest.raises(MappingError, match="larger than"):
+        read_document(Path("/dev/zero"))
