@@ -145,6 +145,17 @@ def _load(copy: Copy, source: torch.Tensor, target: torch.Tensor) -> None:
         # In float64, so that the only rounding is the one to the target's dtype.
         seen = seen.double().mul_(copy.affine.scale).add_(copy.affine.offset)
     place.copy_(seen)
+    # float16 ends at 65504. A number beyond it becomes infinite, and the model NaN, without a word from torch.
+    if target.dtype == torch.float16 != seen.dtype and torch.isinf(place).any() and not torch.isinf(seen).any():
+        raise LoadError(
+            Problem(
+                where=copy.source,
+                what="values that float16 can not hold",
+                expected=f"at most {torch.finfo(torch.float16).max}",
+                found=str(float(seen.abs().max())),
+                fix="load in bfloat16 or float32",
+            )
+        )
 
 
 def _save(copy: Copy, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -11,12 +11,15 @@ import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tepatch.api import AUTO, load
-from tepatch.errors import PlanError, Problem
+from tepatch.checkpoint import open_checkpoint
+from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.hf.config import read_config
 from tepatch.patch import Patch
 from tepatch.report import Report
 from tepatch.te import BackendName
@@ -114,32 +117,35 @@ def verify(
     ``token_ids`` is ``[batch, tokens]``. The other arguments are those of ``load``, and so are the errors. The
     models are loaded one after the other.
     """
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.as_tensor(token_ids)
-    model = load(patch, location, dtype=dtype, device=device, backend=backend, mapping=mapping, progress=False)
-    report: Report = model.tepatch  # type: ignore[assignment]
-    used, where = next(model.parameters()).dtype, next(model.parameters()).device
-    cls = type(model) if model.config.architectures else AutoModelForCausalLM
-    if ids.numel() == 0 or int(ids.max()) >= model.config.vocab_size or int(ids.min()) < 0:
+    if Path(location).is_file():
+        raise CheckpointError(
+            Problem(where=str(location), what="transformers loads folders, not files", fix="give the file's folder")
+        )
+    folder = open_checkpoint(location).config_folder
+    ids, vocabulary = torch.as_tensor(token_ids), read_config(folder).get_text_config().vocab_size
+    if ids.numel() == 0 or int(ids.max()) >= vocabulary or int(ids.min()) < 0:
         raise PlanError(
             Problem(
                 where="token_ids",
                 what="token ids outside the vocabulary, or none at all",
-                expected=f"at least one, each from 0 to {model.config.vocab_size - 1}",
+                expected=f"at least one, each from 0 to {vocabulary - 1}",
                 fix="use the checkpoint's own tokenizer",
             )
         )
+    model = load(patch, location, dtype=dtype, device=device, backend=backend, mapping=mapping, progress=False)
+    report: Report = model.tepatch  # type: ignore[assignment]
+    used, where = next(model.parameters()).dtype, next(model.parameters()).device
+    cls = type(model)
     ours = _logits(model, ids)
     del model
     _collect()
     # Loaded in the patched model's dtype, so that both hold the same rounded weights. Hugging Face computes its
     # rotary frequencies in float32 at every dtype, and .float() leaves them so.
-    stock: Any = cls.from_pretrained(location, dtype=used)
+    stock: Any = cls.from_pretrained(folder, dtype=used, local_files_only=True)
     reference = _logits(stock.float().to(where), ids)
     stock = None
     _collect()
-    stock = cls.from_pretrained(location, dtype=torch.bfloat16)
+    stock = cls.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     half = _logits(stock.to(where), ids)
     return Verification(
         patch=report.patch,

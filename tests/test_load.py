@@ -322,6 +322,10 @@ def test_saving_under_the_patched_names_is_refused(tiny_llama: Make, save_checkp
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(UnsupportedError, match="restore_tensors"):
             each.save_pretrained(tmp_path / "out")
+        with pytest.raises(UnsupportedError, match="restore_tensors"):
+            each.model.save_pretrained(tmp_path / "out")
+        with pytest.raises(UnsupportedError, match="restore_tensors"):
+            each.push_to_hub("someone/model")
     assert not (tmp_path / "out").exists()
 
 
@@ -463,3 +467,25 @@ def test_what_is_no_config_is_refused(config: Any, tiny_llama: Make, save_checkp
         load(save_checkpoint(tiny_llama()), config=config)
     with pytest.raises(PlanError, match="PreTrainedConfig"):
         tepatch.build("llama", config)
+
+
+def test_values_that_float16_can_not_hold_are_an_error(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    with torch.no_grad():
+        stock.model.layers[1].mlp.down_proj.weight[3, 4] = 1e6
+    with pytest.raises(LoadError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load(save_checkpoint(stock), dtype="float16")
+
+
+def test_weights_beside_a_computed_buffer_are_not_initialised_again(tiny_llama: Make, save_checkpoint: Save) -> None:
+    """Hugging Face's initialiser fills a module's buffers, and would draw its weights anew with them."""
+    from tepatch.hf.model import compute_buffers
+
+    model = load(save_checkpoint(tiny_llama()))
+    embedding = model.model.embed_tokens
+    before = embedding.weight.detach().clone()
+    model._init_weights(embedding)
+    model._init_weights(model.model.layers[0].self_attention.layernorm_qkv)
+    compute_buffers(model, torch.device("cpu"))
+    assert torch.equal(embedding.weight, before)
+    assert float(model.model.layers[0].self_attention.layernorm_qkv.weight.detach().std()) > 0.05

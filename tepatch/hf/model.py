@@ -121,6 +121,8 @@ def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tens
             owner, leaf = _owner(model, name)
             first, first_leaf = _owner(model, entry.tied_to)
             owner._parameters[leaf] = first._parameters[first_leaf]
+    for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if not buffer.is_meta)):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # its initialiser leaves such tensors alone
     compute_buffers(model, device)
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
@@ -177,9 +179,9 @@ def is_poisoned(tensor: torch.Tensor) -> bool:
 
 def refuse_what_is_gone(model: PreTrainedModel) -> None:
     """Make the model refuse what replaced layers can not give, where it would silently give nothing or nonsense."""
-    model.save_pretrained = refuse_saving  # type: ignore[method-assign]
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
+            module.save_pretrained = module.push_to_hub = refuse_saving  # type: ignore[assignment]
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
 
 

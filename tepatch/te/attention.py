@@ -7,6 +7,8 @@ rows: one GEMM, and one tensor that can be quantized whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +59,11 @@ def gated_activation(hidden_act: str) -> str:
     )
 
 
+def normal_init(std: float) -> Callable[[Tensor], Tensor]:
+    """An ``init_method`` for the backend's modules: normal with this standard deviation, as Hugging Face's."""
+    return partial(nn.init.normal_, std=std)
+
+
 class SelfAttention(nn.Module):
     """Norm, fused QKV, rotary positions, cache, attention and output projection.
 
@@ -79,9 +86,11 @@ class SelfAttention(nn.Module):
         proj_bias: bool = False,
         dropout: float = 0.0,
         softmax_scale: float | None = None,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         te = modules()
+        init_method = normal_init(init_std)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer_idx = layer_idx
         self.layernorm_qkv = te.LayerNormLinear(
@@ -91,6 +100,7 @@ class SelfAttention(nn.Module):
             bias=qkv_bias,
             normalization=normalization,
             zero_centered_gamma=zero_centered_gamma,
+            init_method=init_method,
         )
         self.core_attention = te.DotProductAttention(
             num_heads,
@@ -102,7 +112,7 @@ class SelfAttention(nn.Module):
             softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             layer_number=layer_idx + 1,  # Transformer Engine counts layers from 1
         )
-        self.proj = te.Linear(num_heads * head_dim, hidden_size, bias=proj_bias)
+        self.proj = te.Linear(num_heads * head_dim, hidden_size, bias=proj_bias, init_method=init_method)
 
     def forward(
         self,
@@ -124,9 +134,13 @@ class SelfAttention(nn.Module):
             cos, sin = position_embeddings
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:
+            # Without a mask the queries are the last of the keys so far; a static cache gives its empty slots too.
+            seen = None
+            if attention_mask is None and tokens > 1:
+                seen = int(past_key_values.get_seq_length(self.layer_idx)) + tokens
             # A cache holds [batch, heads, tokens, head_dim], after rotation.
             cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-            key, value = (states.transpose(1, 2) for states in cached)
+            key, value = (states.transpose(1, 2)[:, :seen] for states in cached)
         context = self.core_attention(query, key, value, **causal_arguments(attention_mask, tokens, key.shape[1]))
         out: Tensor = self.proj(context)
         return out
@@ -141,19 +155,19 @@ def causal_arguments(attention_mask: Tensor | None, num_queries: int, num_keys: 
         if num_queries == 1:
             return {"attn_mask_type": "no_mask", "window_size": NO_WINDOW}
         return {"attn_mask_type": "causal" if num_queries == num_keys else "causal_bottom_right"}
-    if attention_mask.dtype != torch.bool or attention_mask.dim() != 4:
+    is_known = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool
+    if not is_known or attention_mask.dim() != 4 or attention_mask.shape[-1] not in (1, num_keys):
         raise UnsupportedError(
             Problem(
                 where="attention_mask",
                 what="the layer does not know this form of mask",
-                expected="a boolean mask [batch, 1 or heads, queries, keys], True where to attend",
-                found=f"{attention_mask.dtype} {list(attention_mask.shape)}",
+                expected=f"a boolean mask [batch, 1 or heads, queries, {num_keys} keys], True where to attend",
+                found=f"{getattr(attention_mask, 'dtype', type(attention_mask).__name__)} {list(attention_mask.shape)}",
                 fix="leave attn_implementation at 'sdpa' (as tepatch sets it), and pass masks as booleans",
             )
         )
-    # A static cache may be longer than the mask's own keys or the other way round: both mean the same keys.
     return {
         "attn_mask_type": "arbitrary",
-        "attention_mask": ~attention_mask[..., :num_keys],
+        "attention_mask": ~attention_mask,
         "window_size": NO_WINDOW,
     }

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from tepatch.errors import PlanError, ReplaceError
+from tepatch.errors import PlanError, ReplaceError, UnsupportedError
 from tepatch_llama import TELlamaDecoderLayer, TELlamaForCausalLM, replace_decoder
 
 Make = Callable[..., Any]
@@ -82,3 +82,21 @@ def test_replace_decoder_takes_a_layer_of_ones_own(tiny_llama: Make) -> None:
 def test_a_block_that_builds_nothing_is_an_error() -> None:
     with pytest.raises(ReplaceError), replace_decoder():
         pass
+
+
+def test_a_model_built_in_the_block_is_initialised_as_hugging_face_would(tiny_llama: Make) -> None:
+    config = tiny_llama(hidden_size=256, initializer_range=0.05).config
+    with replace_decoder():
+        model = LlamaForCausalLM(config)
+    layer = model.model.layers[1]
+    for weight in (layer.self_attention.layernorm_qkv.weight, layer.layernorm_mlp.fc2_weight):
+        assert float(weight.detach().std()) == pytest.approx(0.05, rel=0.05)
+        assert abs(float(weight.detach().mean())) < 0.002
+    assert torch.equal(layer.layernorm_mlp.layer_norm_weight.cpu(), torch.ones(256))
+    assert type(model.model.rotary_emb).__module__ == "tepatch_llama.layer"
+
+
+def test_from_pretrained_in_the_block_is_refused(tiny_llama: Make, save_checkpoint: Save) -> None:
+    folder = save_checkpoint(tiny_llama())
+    with pytest.raises(UnsupportedError, match="from_pretrained_local"), replace_decoder():
+        LlamaForCausalLM.from_pretrained(folder)

@@ -201,3 +201,49 @@ def test_what_the_layer_can_not_compute_is_refused_before_reading(
     with pytest.raises(PlanError, match=message) as caught:
         tepatch.load("llama", folder, config=settings)
     assert caught.value.problems[0].where.startswith("llama.tepatch.yaml:")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_static_cache_generates_the_same(padded: bool, tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0 if padded else 1
+    arguments = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "disable_compile": True}
+    ours, theirs = (m.generate(ids(2, 8), cache_implementation="static", **arguments) for m in (model, stock))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_prompt_into_a_static_cache_sees_no_empty_slots(tiny_llama: Make, save_checkpoint: Save) -> None:
+    from transformers import StaticCache
+
+    stock = tiny_llama()
+    model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
+    cache, parts = StaticCache(config=model.config, max_cache_len=40), []
+    with torch.no_grad():
+        for chunk in ids(1, 24).split((9, 1, 14), dim=1):
+            parts.append(model(chunk, past_key_values=cache).logits)
+        assert error(torch.cat(parts, dim=1), stock(ids(1, 24)).logits) <= TOLERANCE
+
+
+def test_a_layer_called_alone_in_chunks_is_causal_to_the_bottom_right(tiny_llama: Make, save_checkpoint: Save) -> None:
+    """Hugging Face's model gives masks for later chunks; who calls a layer without one gets the same."""
+    from transformers import DynamicCache, StaticCache
+
+    model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference")
+    layer, rotary = model.model.layers[0], model.model.rotary_emb
+    states = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = layer(states, position_embeddings=rotary(states, torch.arange(12)[None]))
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
+            parts = []
+            for start, stop in ((0, 5), (5, 12)):
+                positions = rotary(states, torch.arange(start, stop)[None])
+                parts.append(layer(states[:, start:stop], position_embeddings=positions, past_key_values=cache))
+            assert error(torch.cat(parts, dim=1), whole) <= TOLERANCE
+
+
+def test_a_mask_for_other_keys_is_refused(tiny_llama: Make, save_checkpoint: Save) -> None:
+    model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference")
+    with pytest.raises(UnsupportedError, match="48 keys"):
+        model(ids(), attention_mask=torch.ones(2, 1, 48, 60, dtype=torch.bool))

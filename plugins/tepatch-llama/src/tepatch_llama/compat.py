@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama as hf
 
 import tepatch
 from tepatch.replace import Replacement
-from tepatch_llama.layer import LlamaDecoderLayer, LlamaRotaryEmbedding
+from tepatch_llama.layer import LlamaDecoderLayer, LlamaRotaryEmbedding, standalone
 
 PATCH = "llama"
 
@@ -28,12 +28,17 @@ def replace_decoder(te_decoder_cls: type[nn.Module] = LlamaDecoderLayer) -> Iter
     """Build Llama models with ``te_decoder_cls`` for a decoder layer, inside the block and in this thread only.
 
     With tepatch's own layer the rotary module is replaced too, so that angles stay in float32. Yields the report
-    of ``tepatch.replace_layers``; raises ``ReplaceError`` if nothing was built.
+    of ``tepatch.replace_layers``; raises ``ReplaceError`` if nothing was built, and ``UnsupportedError`` for
+    ``from_pretrained`` inside the block: it knows nothing of the patched names. Weights are fresh.
     """
     with tepatch.replace_layers({hf.LlamaDecoderLayer: te_decoder_cls}) as report:
         if te_decoder_cls is LlamaDecoderLayer:
-            with tepatch.replace_layers({hf.LlamaRotaryEmbedding: LlamaRotaryEmbedding}, require=False):
-                yield report
+            token = standalone.set(True)
+            try:
+                with tepatch.replace_layers({hf.LlamaRotaryEmbedding: LlamaRotaryEmbedding}, require=False):
+                    yield report
+            finally:
+                standalone.reset(token)
         else:
             yield report
 

@@ -6,22 +6,36 @@ device maps and FSDP wrapping look for exactly that. Its parameters are its own.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as hf
 
+from tepatch.errors import Problem, UnsupportedError
 from tepatch.te import modules
-from tepatch.te.attention import SelfAttention, gated_activation
+from tepatch.te.attention import SelfAttention, gated_activation, normal_init
 from tepatch.te.rope import Float32Rotary
+
+standalone: ContextVar[bool] = ContextVar("standalone", default=False)
+"""Whether layers are built outside tepatch's loader, by ``replace_decoder``."""
 
 
 class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, with norms fused into the matrix products."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        if standalone.get() and torch.get_default_device().type == "meta":
+            raise UnsupportedError(
+                Problem(
+                    where="replace_decoder",
+                    what="from_pretrained can not fill these layers: it would leave them without values",
+                    fix="use TELlamaForCausalLM.from_pretrained_local(path), or tepatch.load('llama', path)",
+                )
+            )
         nn.Module.__init__(self)  # not Hugging Face's: its parameters would only be in the way
         self.hidden_size = config.hidden_size
         self.self_attention = SelfAttention(
@@ -34,6 +48,7 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             qkv_bias=config.attention_bias,
             proj_bias=config.attention_bias,
             dropout=config.attention_dropout or 0.0,
+            init_std=config.initializer_range,
         )
         self.layernorm_mlp = modules().LayerNormMLP(
             config.hidden_size,
@@ -42,7 +57,13 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             bias=config.mlp_bias,
             normalization="RMSNorm",
             activation=gated_activation(config.hidden_act),
+            init_method=normal_init(config.initializer_range),
+            output_layer_init_method=normal_init(config.initializer_range),
         )
+        for module in self.modules():
+            # The backend has initialised them as Hugging Face would. Its own initialiser would set every class
+            # with "LayerNorm" in its name to ones, and LayerNormLinear.weight is the fused QKV.
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
     def forward(
         self,
