@@ -253,6 +253,27 @@ def test_generation_with_a_cache_equals_generation_without(smollm2: Path) -> Non
     assert agree >= 0.9, "bfloat16 may turn a near tie, a lost cache turns nearly all"
 
 
+def test_every_kind_of_cache_generates_the_same() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    model = tepatch.build("llama", config, dtype=torch.float32, backend="te").eval()
+    ids = torch.randint(1, 1000, (2, 9), device=CUDA)
+    arguments = {"max_new_tokens": 24, "do_sample": False, "disable_compile": True}
+    without = model.generate(ids, use_cache=False, **arguments)
+    assert torch.equal(model.generate(ids, **arguments), without)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), without)
+
+
 def test_fresh_weights_have_the_statistics_of_hugging_face() -> None:
     from transformers import LlamaConfig
 
