@@ -1,4 +1,4 @@
-"""A real Llama with tepatch's layers inside: loaded, proven equal to Hugging Face's, and generating text.
+"""A real Llama with tepatch's layers inside: loaded, proven equal to Hugging Face's, generating text, and saved again.
 
     python examples/demo.py [CHECKPOINT] [--device cuda]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: never wait for a network
@@ -68,6 +69,18 @@ def main() -> int:
     if not same or agreement.max_error_relative > bound:
         print(f"\nthe models differ (allowed: {bound:.0e} of the largest logit)", file=sys.stderr)
         return 1
+
+    print("\n5. And back: saved as an ordinary checkpoint, which plain transformers loads\n")
+    with tempfile.TemporaryDirectory() as place:
+        saved = Path(place) / "saved"
+        tepatch.save(tepatch.load("llama", folder, device=device), saved)  # in the checkpoint's own dtype
+        again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(model.device)
+    before, after = dict(stock.named_parameters()), dict(again.named_parameters())
+    equal = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
+    if before.keys() != after.keys() or equal != len(before):
+        print(f"   only {equal} of {len(before)} tensors are equal to the original's", file=sys.stderr)
+        return 1
+    print(f"   {equal} tensors, all equal to the original's bit for bit")
     return 0
 
 

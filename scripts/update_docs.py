@@ -25,7 +25,8 @@ HEAD = """\
 | exit code | meaning |
 |---|---|
 | 0 | fine |
-| 1 | the checkpoint or the mapping is wrong, they do not fit together, or `verify` found a bound missed |
+| 1 | the checkpoint or the mapping is wrong, they do not fit together, or something was found: by `verify` a missed \
+bound, by `certify` a difference, by `plan --diff` two plans that differ |
 | 2 | wrong usage: an unknown option or value, or a patch that no plugin offers |
 
 Errors are printed to stderr. With `--json`, a command prints JSON and nothing else on stdout; an error is then

@@ -11,23 +11,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tepatch.api import build, load, plan
+    from tepatch.api import build, certify, check_certificate, convert, load, plan, save
     from tepatch.errors import TepatchError
     from tepatch.hookspecs import hookimpl
     from tepatch.patch import Patch
     from tepatch.replace import replace_layers
 
 __version__ = "0.1.0"
-__all__ = ["Patch", "TepatchError", "build", "hookimpl", "load", "plan", "replace_layers"]
+__all__ = [
+    "Patch",
+    "TepatchError",
+    "build",
+    "certify",
+    "check_certificate",
+    "convert",
+    "hookimpl",
+    "load",
+    "plan",
+    "replace_layers",
+    "save",
+]
 
 _HOMES = {
     "Patch": "tepatch.patch",
     "TepatchError": "tepatch.errors",
     "build": "tepatch.api",
+    "certify": "tepatch.api",
+    "check_certificate": "tepatch.api",
+    "convert": "tepatch.api",
     "hookimpl": "tepatch.hookspecs",
     "load": "tepatch.api",
     "plan": "tepatch.api",
     "replace_layers": "tepatch.replace",
+    "save": "tepatch.api",
 }
 
 

@@ -5,6 +5,7 @@
     |-- PlanError         mapping, config, checkpoint and model do not fit together
     |-- CheckpointError   files on disk are missing, damaged, hostile or contradict each other
     |-- LoadError         a load that was planned failed half-way (I/O, memory); nothing is left behind
+    |-- SaveError         a save or a conversion failed or was refused (I/O, space, the destination)
     |-- BackendError      Transformer Engine was asked for and cannot be used here
     |-- UnsupportedError  the layer was called in a way it cannot compute
     |-- ReplaceError      a layer class could not be replaced, or nothing was replaced
@@ -85,6 +86,13 @@ class CheckpointError(TepatchError):
 
 class LoadError(TepatchError):
     """Executing a plan failed (I/O, memory). No class stays patched and no half-filled model is returned."""
+
+
+class SaveError(TepatchError):
+    """Executing a save or a conversion failed (I/O, space), or its destination was refused.
+
+    The source is untouched, and nothing incomplete stands under a final name.
+    """
 
 
 class BackendError(TepatchError):

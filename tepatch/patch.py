@@ -43,6 +43,9 @@ class Patch:
     """The mapping file: ``"package:file.yaml"`` inside an importable package, or an absolute path."""
     summary: str = ""
     """One line for ``tepatch plugins``."""
+    layouts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Other layouts in which checkpoints of these models exist, and the mapping file for each: such checkpoints
+    are read, and saved in the layout of ``mapping``."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -50,6 +53,7 @@ class Patch:
             raise PluginError(problems)
         object.__setattr__(self, "model_types", tuple(self.model_types))
         object.__setattr__(self, "replace", MappingProxyType(dict(self.replace)))
+        object.__setattr__(self, "layouts", MappingProxyType(dict(self.layouts)))
 
     def __reduce__(self) -> tuple[Callable[[], Patch], tuple[()]]:
         # A read-only mapping can be neither pickled nor deep-copied, and a model may remember its patch.
@@ -59,6 +63,7 @@ class Patch:
             "replace": dict(self.replace),
             "mapping": self.mapping,
             "summary": self.summary,
+            "layouts": dict(self.layouts),
         }
         return functools.partial(type(self), **fields), ()
 
@@ -83,18 +88,19 @@ class Patch:
             raise PluginError(problems, heading=f"patch '{self.name}': its classes cannot be imported")
         return classes
 
-    def mapping_path(self) -> Path:
-        """Find the mapping file on disk.
+    def mapping_path(self, layout: str = "") -> Path:
+        """Find the mapping file on disk: that of the patch, or of one of its other ``layouts``.
 
         Raises `PluginError` when the package or the file is absent, or the package is not unpacked.
         """
         where = f"patch '{self.name}'"
-        if Path(self.mapping).is_absolute():
-            path = Path(self.mapping)
+        mapping = self.layouts[layout] if layout else self.mapping
+        if Path(mapping).is_absolute():
+            path = Path(mapping)
             if not path.is_file():
                 raise PluginError(Problem(where=where, what=f"no mapping file '{path}'"))
             return path
-        package, _, file = self.mapping.partition(":")
+        package, _, file = mapping.partition(":")
         module = _import(package, where=where)
         if not hasattr(module, "__path__"):
             fix = "give 'mapping' as 'package:file.yaml'"
@@ -188,8 +194,12 @@ def _problems(patch: Patch) -> Iterator[Problem]:
             if not isinstance(name, str) or _CLASS.fullmatch(name) is None:
                 what = "bad class name in 'replace'"
                 yield Problem(where=where, what=what, expected="'module:Name'", found=repr(name))
-    if not isinstance(patch.mapping, str) or not (
-        Path(patch.mapping).is_absolute() or _RESOURCE.fullmatch(patch.mapping)
-    ):
-        expected = "'package:file.yaml' or an absolute path"
-        yield Problem(where=where, what="bad 'mapping'", expected=expected, found=repr(patch.mapping))
+    is_table = isinstance(patch.layouts, Mapping)
+    if not is_table or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in patch.layouts):
+        expected = "names of layouts, spelt as a patch's name is, and a mapping file for each"
+        yield Problem(where=where, what="bad 'layouts'", expected=expected, found=repr(patch.layouts))
+    files = {"mapping": patch.mapping, **({f"layouts[{n!r}]": v for n, v in patch.layouts.items()} if is_table else {})}
+    for name, file in files.items():
+        if not isinstance(file, str) or not (Path(file).is_absolute() or _RESOURCE.fullmatch(file)):
+            expected = "'package:file.yaml' or an absolute path"
+            yield Problem(where=where, what=f"bad '{name}'", expected=expected, found=repr(file))

@@ -100,6 +100,10 @@ class PluginHost:
         names = [patch.name for _, patch in self._offers]
         return MappingProxyType({patch.name: patch for _, patch in self._offers if names.count(patch.name) == 1})
 
+    def package_of(self, patch: Patch) -> str:
+        """Name and version of the package that offers a patch; empty for one that was passed by hand."""
+        return next((record.package for record, offered in self._offers if offered == patch), "")
+
     def patch(self, name: str) -> Patch:
         """Return the patch of that name.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from tepatch.mapping.plan import Plan
+from tepatch.mapping.rules import Mapping as Rules
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a model came to be: which patch, which backend, what was replaced, and the plan that was executed."""
+    """How a model came to be: which patch, which backend, what was replaced, and how its weights lie."""
 
     patch: str
     backend: str
@@ -23,10 +25,23 @@ class Report:
     device: str
     dtype: str
     plan: Plan
+    """How the parameters and the original checkpoint's tensors belong together."""
+    others: tuple[Plan, ...] = field(repr=False)
+    """The same for other layouts that state dicts may come in."""
+    rules: Rules = field(repr=False)
+    """The mapping that the plan was made by: saving makes another, for the model as it is then."""
+    layout: str
+    """The layout of what was loaded: ``hf`` (that of the plan), ``te`` (the parameters' own), or the patch's name
+    for another."""
+    config_folder: str | None
+    """Where the checkpoint's config and tokenizer are; None for fresh weights."""
     bytes_read: int
     seconds: dict[str, float]
     """Wall-clock seconds of ``build`` (the model on the meta device), ``plan`` and ``load``."""
     versions: dict[str, str]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        return self  # nothing in it ever changes, and models that carry it are copied
 
     def __str__(self) -> str:
         rate = self.bytes_read / 1e9 / max(self.seconds["load"], 1e-9)
@@ -37,11 +52,27 @@ class Report:
             f"  {timing} ({self.bytes_read:,} bytes, {rate:.2f} GB/s)",
             "  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         ]
+        if self.layout != "hf":
+            lines.append(f"  read from a checkpoint in the layout '{self.layout}'; saved in the original's:")
         if self.backend_note:
             lines.append(f"  note: {self.backend_note}")
         return "\n".join([*lines, *(f"  {line}" for line in str(self.plan).splitlines())])
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data (the plan included)."""
-        out = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
+        out = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("plan", "others", "rules")
+        }
         return {**out, "plan": self.plan.to_json()}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a result depends on, by the name of the package."""
+    import torch
+    import transformers
+
+    from tepatch.te import probe
+
+    out = {"tepatch": version("tepatch"), "torch": torch.__version__, "transformers": transformers.__version__}
+    status = probe()
+    return {**out, "transformer-engine": status.version} if status.version else out

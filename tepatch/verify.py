@@ -16,16 +16,23 @@ from typing import Any
 
 import torch
 
-from tepatch.api import AUTO, load
 from tepatch.checkpoint import open_checkpoint
 from tepatch.errors import CheckpointError, PlanError, Problem
 from tepatch.hf.config import read_config
+from tepatch.job import AUTO
+from tepatch.loading import load
 from tepatch.patch import Patch
 from tepatch.report import Report
 from tepatch.te import BackendName
 
 CHUNK = 512
 """Tokens compared at a time: bounds the float64 temporaries."""
+FULL_PRECISION_BOUND = 1e-4
+"""Largest error of a float32 model, over the largest logit."""
+TF32_BOUND = 5e-3
+"""The same with Transformer Engine, which multiplies float32 matrices in TF32 (10 bits of mantissa)."""
+HALF_PRECISION_FACTOR = 1.5
+"""How many times transformers' own relative error in bfloat16 a bfloat16 or float16 model may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +71,34 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether the patched model keeps to its bound."""
+
+    passed: bool
+    measure: str
+    """The field of ``Agreement`` that is bounded."""
+    value: float
+    bound: float
+
+    def __str__(self) -> str:
+        name = "largest error / largest logit" if self.measure == "max_error_relative" else "relative error"
+        if self.passed:
+            return f"passed: {name} {self.value:.4g} is within the bound, {self.bound:.4g}"
+        return f"FAILED: {name} {self.value:.4g} is not within the bound, {self.bound:.4g}"
+
+
+def judge(verification: Verification) -> Verdict:
+    """Hold a verification against the bound for its dtype. A NaN keeps to no bound."""
+    ours, theirs = verification.ours, verification.hf_bfloat16
+    if verification.dtype in ("bfloat16", "float16"):
+        measure, value, bound = "relative_error", ours.relative_error, HALF_PRECISION_FACTOR * theirs.relative_error
+    else:
+        bound = TF32_BOUND if verification.backend == "te" else FULL_PRECISION_BOUND
+        measure, value = "max_error_relative", ours.max_error_relative
+    return Verdict(passed=value <= bound, measure=measure, value=value, bound=bound)
 
 
 def compare_logits(logits: torch.Tensor, reference: torch.Tensor) -> Agreement:
@@ -121,7 +156,16 @@ def verify(
         raise CheckpointError(
             Problem(where=str(location), what="transformers loads folders, not files", fix="give the file's folder")
         )
-    folder = open_checkpoint(location).config_folder
+    checkpoint = open_checkpoint(location)
+    if checkpoint.manifest is not None:
+        raise CheckpointError(
+            Problem(
+                where=str(location),
+                what="transformers can not load a checkpoint in the layout of patched layers, to compare with it",
+                fix="verify the original, and prove with 'tepatch certify' that this one holds the same",
+            )
+        )
+    folder = checkpoint.config_folder
     ids, vocabulary = torch.as_tensor(token_ids), read_config(folder).get_text_config().vocab_size
     if ids.numel() == 0 or int(ids.max()) >= vocabulary or int(ids.min()) < 0:
         raise PlanError(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tepatch
+from tepatch.checkpoint import open_checkpoint
 from tepatch.errors import (
     BackendError,
     CheckpointError,
@@ -21,9 +22,11 @@ from tepatch.errors import (
     PlanError,
     PluginError,
     TepatchError,
-    UnsupportedError,
 )
+from tepatch.execute import load_tensors
 from tepatch.hf.config import read_config
+from tepatch.job import settle
+from tepatch.plugins import default_host
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -299,15 +302,13 @@ except LoadError as error:
 def test_a_shard_that_shrinks_while_loading_is_an_error(tiny_llama: Make, save_checkpoint: Save) -> None:
     folder = save_checkpoint(tiny_llama(), shards=2)
     config = read_config(folder)
-    from tepatch import api
-
-    checkpoint = api.open_checkpoint(folder)
-    patch = api.default_host().patch("llama")
+    checkpoint = open_checkpoint(folder)
+    patch = default_host().patch("llama")
     path = folder / "model-00002-of-00002.safetensors"
-    with api._prepare(patch, config, checkpoint, dtype="auto", backend="reference", mapping=None) as job:
+    with settle(patch, config, checkpoint, dtype="auto", backend="reference", mapping=None) as job:
         path.write_bytes(path.read_bytes()[:-8])
         with pytest.raises((CheckpointError, LoadError), match="model-00002"):
-            job.execute("cpu", progress=False)
+            load_tensors(job.reading, checkpoint, device=torch.device("cpu"))
 
 
 def test_a_loaded_model_copies_and_pickles(tiny_llama: Make, save_checkpoint: Save) -> None:
@@ -315,18 +316,6 @@ def test_a_loaded_model_copies_and_pickles(tiny_llama: Make, save_checkpoint: Sa
     model = load(save_checkpoint(stock))
     assert_loaded(copy.deepcopy(model), stock)
     assert_loaded(pickle.loads(pickle.dumps(model)), stock)
-
-
-def test_saving_under_the_patched_names_is_refused(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
-    model = load(save_checkpoint(tiny_llama()))
-    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(UnsupportedError, match="restore_tensors"):
-            each.save_pretrained(tmp_path / "out")
-        with pytest.raises(UnsupportedError, match="restore_tensors"):
-            each.model.save_pretrained(tmp_path / "out")
-        with pytest.raises(UnsupportedError, match="restore_tensors"):
-            each.push_to_hub("someone/model")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_later_initialisation_leaves_the_weights_alone(tiny_llama: Make, save_checkpoint: Save) -> None:

@@ -225,3 +225,25 @@ def test_importing_patches_and_plugins_needs_neither_torch_nor_transformers() ->
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("layouts", [None, ["other"], {"Other": "a:b.yaml"}, {3: "a:b.yaml"}])
+def test_other_layouts_must_be_named_as_patches_are(layouts: object) -> None:
+    with pytest.raises(PluginError, match="bad 'layouts'"):
+        make(layouts=layouts)
+
+
+@pytest.mark.parametrize("file", ["b.yaml", "", None, "a/b.yaml"])
+def test_the_mapping_of_another_layout_must_be_in_a_package_or_absolute(file: object) -> None:
+    with pytest.raises(PluginError, match="layouts"):
+        make(layouts={"other": file})
+
+
+def test_the_mapping_of_another_layout_is_found_and_stays_as_it_was(package: Path) -> None:
+    layouts = {"other": "patch_package:tiny.tepatch.yaml"}
+    patch = make(layouts=layouts)
+    layouts.clear()
+    assert patch.mapping_path("other") == package / "tiny.tepatch.yaml"
+    assert pickle.loads(pickle.dumps(patch)) == patch
+    with pytest.raises(TypeError):
+        patch.layouts["more"] = "a:b.yaml"  # type: ignore[index]

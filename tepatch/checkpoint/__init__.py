@@ -8,6 +8,9 @@ every size is checked against the file. What is wrong is reported all at once, a
     for file in checkpoint.files:
         with checkpoint.open(file) as shard:
             tensor = shard.read(checkpoint.tensors["model.norm.weight"])
+
+Writing is the other way round: ``plan_shards`` settles every byte of the files first, and a ``Staging`` folder
+becomes the destination when all of them are written, or never.
 """
 
 from __future__ import annotations
@@ -15,5 +18,21 @@ from __future__ import annotations
 from tepatch.checkpoint.dtypes import dtype_code, torch_dtype
 from tepatch.checkpoint.folder import open_checkpoint
 from tepatch.checkpoint.interface import Checkpoint, ShardReader, TensorInfo
+from tepatch.checkpoint.staging import Staging
+from tepatch.checkpoint.writing import Shard, index_json, index_name, parse_size, plan_shards, tensor_bytes
 
-__all__ = ["Checkpoint", "ShardReader", "TensorInfo", "dtype_code", "open_checkpoint", "torch_dtype"]
+__all__ = [
+    "Checkpoint",
+    "Shard",
+    "ShardReader",
+    "Staging",
+    "TensorInfo",
+    "dtype_code",
+    "index_json",
+    "index_name",
+    "open_checkpoint",
+    "parse_size",
+    "plan_shards",
+    "tensor_bytes",
+    "torch_dtype",
+]

@@ -15,11 +15,12 @@ from types import MappingProxyType
 
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.index import index_suffix, read_index
-from tepatch.checkpoint.interface import Checkpoint, ShardReader, TensorInfo
+from tepatch.checkpoint.interface import ShardReader, TensorInfo
 from tepatch.checkpoint.listing import counted, shortened
+from tepatch.checkpoint.manifest import Manifest, read_manifest
 from tepatch.checkpoint.pickled import read_pickled_header
-from tepatch.checkpoint.reading import FileStamp, open_shard
-from tepatch.checkpoint.resolve import resolve, weight_files
+from tepatch.checkpoint.reading import ByteReader, FileStamp, open_shard
+from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
 from tepatch.errors import CheckpointError, Problem
 
@@ -33,7 +34,7 @@ def open_checkpoint(
     subfolder: str = "",
     revision: str | None = None,
     use_safetensors: bool | None = None,
-) -> Checkpoint:
+) -> FolderCheckpoint:
     """Find a checkpoint and read the headers of its files: names, shapes and dtypes, but no weights.
 
     ``location`` is a folder, one ``.safetensors``, ``.bin`` or index file, or a hub id (``org/name``). A hub
@@ -76,6 +77,7 @@ def open_checkpoint(
         files=files,
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
         config_folder=folder,
+        manifest=read_manifest(folder) if entry in NATIVE else None,
         stamps=MappingProxyType(stamps),
     )
 
@@ -89,7 +91,15 @@ class FolderCheckpoint:
     files: tuple[str, ...]
     also_present: tuple[str, ...]
     config_folder: Path
+    manifest: Manifest | None
     stamps: Mapping[str, FileStamp] = field(repr=False)
+
+    def open_bytes(self, file: str, /) -> ByteReader | None:
+        """The bytes of one of ``files``, to be closed by the caller; None for a file of pickled tensors.
+
+        Raises ``CheckpointError`` when it has changed since its header was read.
+        """
+        return None if file.endswith(".bin") else ByteReader(self.stamps[file])
 
     @contextmanager
     def open(self, file: str, /) -> Iterator[ShardReader]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from tepatch.checkpoint.manifest import Manifest
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
@@ -70,6 +72,11 @@ class Checkpoint(Protocol):
     @property
     def config_folder(self) -> Path:
         """The folder where ``config.json`` is, if there is one."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What says that the tensors are a patched model's own parameters; None for an ordinary checkpoint."""
         ...
 
     def open(self, file: str, /) -> AbstractContextManager[ShardReader]:

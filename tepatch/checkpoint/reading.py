@@ -26,12 +26,24 @@ class FileStamp:
     """The file as the checkpoint names it, for messages."""
     size: int
     mtime_ns: int
+    ctime_ns: int
+    """No program can set it back, unlike the time of writing."""
+    inode: int
+    device: int
 
     @classmethod
     def of(cls, path: Path, *, where: str) -> FileStamp:
         """The stamp of a file now. Raises OSError."""
         status = os.stat(path)
-        return cls(path=path, where=where, size=status.st_size, mtime_ns=status.st_mtime_ns)
+        return cls(
+            path=path,
+            where=where,
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+            inode=status.st_ino,
+            device=status.st_dev,
+        )
 
     def verify(self) -> None:
         """Raise ``CheckpointError`` unless the file is as it was."""
@@ -45,11 +57,17 @@ class FileStamp:
                 Problem(
                     where=self.where,
                     what="has changed since its header was read",
-                    expected=f"{self.size:,} bytes, written at {self.mtime_ns} ns",
-                    found=f"{now.size:,} bytes, written at {now.mtime_ns} ns",
+                    expected=self._state(),
+                    found=now._state(),
                     fix="wait until nothing writes to the checkpoint, and start again",
                 )
             )
+
+    def _state(self) -> str:
+        return (
+            f"{self.size:,} bytes, written at {self.mtime_ns} ns, changed at {self.ctime_ns} ns, "
+            f"inode {self.inode} of device {self.device}"
+        )
 
 
 class SafetensorsReader:
@@ -64,6 +82,7 @@ class SafetensorsReader:
             # Any: the package's types leave the methods of this class out.
             self._file: Any = safe_open(stamp.path, framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
+            stamp.verify()  # it may have gone only now, and this says so
             what = "cannot be opened"
             raise CheckpointError(Problem(where=stamp.where, what=what, found=str(error))) from error
 
@@ -83,13 +102,60 @@ class SafetensorsReader:
         self._file.__exit__(None, None, None)
 
 
+class ByteReader:
+    """The bytes of one safetensors file, by reading and not by a memory map.
+
+    A map of a file that somebody shortens ends the process; a read ends with an error.
+    """
+
+    def __init__(self, stamp: FileStamp) -> None:
+        self.stamp = stamp
+        try:
+            self._file = os.open(stamp.path, os.O_RDONLY)
+        except OSError as error:
+            stamp.verify()  # a file that is gone is told as that
+            raise CheckpointError(Problem(where=stamp.where, what="cannot be opened", found=str(error))) from error
+        # Only now: what is put in its place between a check and the opening would be read in its stead.
+        try:
+            stamp.verify()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def read_into(self, buffer: memoryview, position: int) -> None:
+        """Fill ``buffer`` with the bytes from ``position`` of the file. Threads may share the reader.
+
+        Raises ``CheckpointError`` when the file can not be read or ends before.
+        """
+        while buffer:
+            try:
+                count = os.preadv(self._file, [buffer], position)
+            except OSError as error:
+                raise CheckpointError(
+                    Problem(where=self.stamp.where, what="cannot be read", found=str(error))
+                ) from error
+            if count == 0:
+                self.stamp.verify()  # it has been shortened since, and this says so
+                what = "ends before its header says that it does"
+                raise CheckpointError(Problem(where=self.stamp.where, what=what, found=f"no byte at {position:,}"))
+            buffer, position = buffer[count:], position + count
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+
 class PickledReader:
     """One open ``.bin`` file."""
 
     def __init__(self, stamp: FileStamp) -> None:
         self._stamp = stamp
         stamp.verify()
-        self._tensors = load_pickled(stamp.path, where=stamp.where)
+        try:
+            self._tensors = load_pickled(stamp.path, where=stamp.where)
+        except CheckpointError:
+            stamp.verify()  # it may have gone or changed only now, and this says so
+            raise
 
     def read(self, info: TensorInfo, /) -> torch.Tensor:
         """The tensor as a memory map of the file; it may be a view with strides of its own."""

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.index import index_suffix
 from tepatch.checkpoint.listing import shortened
+from tepatch.checkpoint.manifest import MANIFEST, STEM
 from tepatch.errors import CheckpointError, Problem
 
+NATIVE = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+"""A patched model's own parameters, beside their manifest."""
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 # What a Trainer leaves beside a model, with the suffixes of weights.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
+
+_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece|normalizer"
+    r"|preprocessor_config|processor_config|video_preprocessor_config|image_processor)[\w.-]*|[\w.-]+\.(model|tiktoken|jinja)"
+)
 
 
 def resolve(
@@ -34,8 +43,8 @@ def resolve(
     path = _path(location)
     subfolder = os.fspath(subfolder)
     if path.is_file():
-        given = {"variant": variant, "subfolder": subfolder, "revision": revision}
-        _refuse_options(path, given, reason="the path names one file")
+        options = {"variant": variant, "subfolder": subfolder, "revision": revision}
+        _refuse_options(path, options, reason="the path names one file")
         return path.parent, _chosen_file(path, use_safetensors=use_safetensors)
     if path.is_dir():
         _refuse_options(path, {"revision": revision}, reason="the path is a folder, not a hub id")
@@ -45,11 +54,34 @@ def resolve(
         file_inside(path, subfolder)
         path = path / subfolder
     wanted = _candidates(variant, use_safetensors=use_safetensors)
+    if os.path.lexists(path / MANIFEST):
+        # Converted weights are safetensors: True restricts nothing, and False would be ignored.
+        given = {"variant": variant, "use_safetensors": None if use_safetensors else use_safetensors}
+        _refuse_options(path, given, reason=f"{MANIFEST} says that there is one form of the weights")
+        wanted = list(NATIVE)
+        _refuse_two_checkpoints(path)
     for name in wanted:
         # A link counts even when it is broken: to fall through to another file would be silent.
         if os.path.lexists(path / name):
             return path, name
     raise CheckpointError(_nothing_found(path, wanted, variant=variant))
+
+
+def _refuse_two_checkpoints(folder: Path) -> None:
+    """Raise ``CheckpointError`` for a manifest beside weights that transformers would load: which are meant?"""
+    ordinary = [name for name in (*_SAFETENSORS, *_PICKLED) if os.path.lexists(folder / name)]
+    if not ordinary:
+        return
+    is_whole = any(os.path.lexists(folder / name) for name in NATIVE)
+    raise CheckpointError(
+        Problem(
+            where=str(folder),
+            what=f"{MANIFEST} says that tepatch has converted this checkpoint, and {ordinary[0]} that it has not",
+            fix="move one of the two checkpoints to another folder, or name the file that is meant"
+            if is_whole
+            else f"remove {MANIFEST}, if {ordinary[0]} is meant; restore {NATIVE[0]}, if that was",
+        )
+    )
 
 
 def _path(location: object) -> Path:
@@ -87,8 +119,21 @@ def _is_weight_name(name: str) -> bool:
     return name.endswith(_WEIGHT_SUFFIXES) or index_suffix(name) is not None
 
 
-def _refuse_options(path: Path, options: dict[str, str | None], *, reason: str) -> None:
-    given = [f"{name}={value!r}" for name, value in options.items() if value]
+def is_companion(name: str) -> bool:
+    """Whether a file of this name is neither weights, nor the model's config, nor left behind by a Trainer."""
+    config = ("config.json", "generation_config.json", MANIFEST)
+    is_hidden = name.startswith(".") and name != ".gitattributes"
+    leftover = _NOT_WEIGHTS.fullmatch(name) or name.startswith("trainer_state") or name.startswith("tepatch-cert")
+    return not (name in config or is_hidden or leftover or not name.isprintable() or _is_weight_name(name))
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of this name is part of a tokenizer or of another processor of a model's input."""
+    return is_companion(name) and _TOKENIZER.fullmatch(name) is not None
+
+
+def _refuse_options(path: Path, options: Mapping[str, str | bool | None], *, reason: str) -> None:
+    given = [f"{name}={value!r}" for name, value in options.items() if value not in (None, "")]
     if given:
         raise CheckpointError(Problem(where=str(path), what=f"{', '.join(given)} has no meaning: {reason}"))
 
@@ -162,6 +207,8 @@ def _suggestion(present: list[str], wanted: list[str], *, variant: str | None) -
     variants = _variants_in(present)
     if variants:
         return " or ".join(f"did you mean variant={name!r}?" for name in variants)
+    if any(name in present for name in NATIVE):
+        return f"these weights were converted by tepatch, and {MANIFEST}, which belongs to them, is gone: restore it"
     if any(name.endswith(".gguf") for name in present):
         return "tepatch does not read GGUF: convert it to safetensors with transformers"
     if present:

@@ -1,4 +1,4 @@
-"""The command line: ``tepatch plugins``, ``check``, ``plan``, ``verify`` and ``schema``.
+"""The command line: ``tepatch plugins``, ``check``, ``plan``, ``convert``, ``certify``, ``verify``, ``schema``.
 
 A command reads its arguments, calls the library and prints. What is heavy (torch, transformers, pydantic) is
 imported inside commands, so that listing plugins takes no longer than it must.
@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from tepatch.cli.certifying import certify
 from tepatch.cli.checking import check
+from tepatch.cli.converting import convert
 from tepatch.cli.listing import plugins, schema
 from tepatch.cli.planning import plan
 from tepatch.cli.verifying import verify
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (plugins, check, plan, verify, schema):
+for command in (plugins, check, plan, convert, certify, verify, schema):
     app.command()(command)
 
 
@@ -50,6 +52,7 @@ def _tepatch(
 ) -> None:
     """Hugging Face models with accelerated layers, and their checkpoints with them.
 
-    Exit codes: 0 fine, 1 the checkpoint or the mapping is wrong (or a bound is missed), 2 wrong usage, such as
-    an unknown option or an unknown patch. Errors go to stderr; with --json they are JSON on stdout as well.
+    Exit codes: 0 fine, 1 the checkpoint or the mapping is wrong (or verify, certify or plan --diff found what they
+    look for), 2 wrong usage, such as an unknown option or an unknown patch. Errors go to stderr; with --json they are
+    JSON on stdout as well.
     """

@@ -72,7 +72,7 @@ def _tokenize(folder: Path, text: str) -> list[int]:
 
 
 def _no_tokenizer(folder: Path, what: str) -> Problem:
-    return Problem(where=str(folder), what=what, fix="pass token ids with --tokens FILE")
+    return Problem(where=str(folder), what=what, fix="pass token ids with --tokens FILE to tepatch verify")
 
 
 def _read(path: Path) -> str:

@@ -13,14 +13,7 @@ from tepatch.cli.output import FAILED, AsJson, print_json, reporting
 from tepatch.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from tepatch.verify import Agreement, Verification
-
-FULL_PRECISION_BOUND = 1e-4
-"""Largest error of a float32 model, over the largest logit."""
-TF32_BOUND = 5e-3
-"""The same with Transformer Engine, which multiplies float32 matrices in TF32 (10 bits of mantissa)."""
-HALF_PRECISION_FACTOR = 1.5
-"""How many times transformers' own relative error in bfloat16 a bfloat16 or float16 model may have."""
+    from tepatch.verify import Agreement, Verdict, Verification
 
 
 def verify(
@@ -85,41 +78,13 @@ def verify(
             mapping=mapping,
         )
         made = dataclasses.replace(made, location=location)
-    verdict = judge(made)
+        verdict = tepatch.verify.judge(made)
     if as_json:
         print_json({**made.to_json(), "verdict": dataclasses.asdict(verdict)})
     else:
         _print(made, verdict)
     if not verdict.passed:
         raise typer.Exit(FAILED)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """Whether the patched model keeps to its bound."""
-
-    passed: bool
-    measure: str
-    """The field of ``Agreement`` that is bounded."""
-    value: float
-    bound: float
-
-    def __str__(self) -> str:
-        name = "largest error / largest logit" if self.measure == "max_error_relative" else "relative error"
-        if self.passed:
-            return f"passed: {name} {self.value:.4g} is within the bound, {self.bound:.4g}"
-        return f"FAILED: {name} {self.value:.4g} is not within the bound, {self.bound:.4g}"
-
-
-def judge(verification: Verification) -> Verdict:
-    """Hold a verification against the bound for its dtype. A NaN keeps to no bound."""
-    ours, theirs = verification.ours, verification.hf_bfloat16
-    if verification.dtype in ("bfloat16", "float16"):
-        measure, value, bound = "relative_error", ours.relative_error, HALF_PRECISION_FACTOR * theirs.relative_error
-    else:
-        bound = TF32_BOUND if verification.backend == "te" else FULL_PRECISION_BOUND
-        measure, value = "max_error_relative", ours.max_error_relative
-    return Verdict(passed=value <= bound, measure=measure, value=value, bound=bound)
 
 
 def _print(made: Verification, verdict: Verdict) -> None:

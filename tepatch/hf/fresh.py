@@ -37,6 +37,7 @@ class FreshWeights:
         self.location = f"fresh {type(stock).__name__}"
         self.also_present: tuple[str, ...] = ()
         self.config_folder = Path()
+        self.manifest = None
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:

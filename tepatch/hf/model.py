@@ -68,10 +68,11 @@ def build_on_meta(
     return model, report
 
 
-def target_specs(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, Spec], dict[str, str]]:
+def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, str]]:
     """What a checkpoint has to fill: parameters and persistent buffers by name, and which names are tied.
 
-    Floating-point parameters take ``dtype``, except those that the model class keeps in float32.
+    Floating-point parameters take ``dtype``, except those that the model class keeps in float32. Without a
+    ``dtype`` each has the one that it has.
     """
     keep = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
@@ -80,15 +81,15 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, 
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
-    persistent = set(model.state_dict(keep_vars=True))
     for name, tensor in _named_tensors(model):
-        if name not in persistent:
+        owner, leaf = _owner(model, name)
+        if leaf in owner._non_persistent_buffers_set:
             continue
         if (known := first.setdefault(id(tensor), name)) != name:
             ties[name] = known
             continue
         kept = tensor.dtype
-        if tensor.is_floating_point():
+        if dtype is not None and tensor.is_floating_point():
             kept = torch.float32 if keep_in_float32 and keep_in_float32.search(name) else dtype
         code = dtype_code(kept)
         if code is None:
@@ -181,7 +182,6 @@ def refuse_what_is_gone(model: PreTrainedModel) -> None:
     """Make the model refuse what replaced layers can not give, where it would silently give nothing or nonsense."""
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
-            module.save_pretrained = module.push_to_hub = refuse_saving  # type: ignore[assignment]
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
 
 
@@ -238,22 +238,6 @@ def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 fix="load the model with transformers itself to look at its attention weights",
             )
         )
-
-
-def refuse_saving(*args: Any, **kwargs: Any) -> None:
-    """Hugging Face's own saving would write the patched parameters' names into a folder that says it is a stock model.
-
-    Whoever loads such a folder gets random weights and a warning. Not a method, so that copies of the model and
-    pickles of it carry it along.
-    """
-    raise UnsupportedError(
-        Problem(
-            where="save_pretrained",
-            what="this would write a checkpoint that nobody can load: stock config, patched tensor names",
-            fix="rebuild the original tensors with tepatch.execute.restore_tensors(model.tepatch.plan, "
-            "dict(model.named_parameters())) and save those, or keep model.state_dict() for yourself",
-        )
-    )
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

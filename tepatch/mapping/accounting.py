@@ -10,8 +10,17 @@ from typing import Any
 from tepatch.errors import PlanError, Problem
 from tepatch.mapping import problems, rules
 from tepatch.mapping.bind import Binder, Template
-from tepatch.mapping.names import NameTemplate
-from tepatch.mapping.plan import Copy, Fill, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec, is_convertible
+from tepatch.mapping.plan import (
+    Copy,
+    Fill,
+    Plan,
+    RuleEntry,
+    SourceEntry,
+    Spec,
+    TargetEntry,
+    TensorSpec,
+    is_convertible,
+)
 from tepatch.mapping.problems import Missing
 from tepatch.mapping.rules import Mapping, Node, Rule
 from tepatch.mapping.values import BindError, Env
@@ -39,6 +48,46 @@ def make_plan(
     """
     planner = _Planner(mapping, config, sources, targets, ties or {})
     return planner.plan(patch=patch, location=location, notes=tuple(notes))
+
+
+def make_export_plan(
+    mapping: Mapping,
+    *,
+    config: MappingABC[str, Any],
+    targets: MappingABC[str, TensorSpec],
+    ties: MappingABC[str, str] | None = None,
+    like: MappingABC[str, TensorSpec] | None = None,
+    dtype: str = "",
+    keep_dtypes: bool = False,
+    patch: str = "",
+    location: str = "",
+) -> Plan:
+    """The plan for a model and no checkpoint: which tensors its parameters would come from, and so go back to.
+
+    Shapes of the sources follow from the rules. Their dtypes are those of the parameters; ``dtype`` (a code) is that
+    of all floating-point ones. ``like`` is a checkpoint to be like, as far as that is possible: its spelling where a
+    rule knows several, its order, its copies of tied tensors, and with ``keep_dtypes`` its dtypes. Raises
+    ``PlanError`` with every problem at once.
+    """
+    like, ties = like or {}, ties or {}
+    scout = _Planner(mapping, config, like, targets, ties)
+    scout.apply_all()
+    needed: dict[str, TensorSpec] = {}
+    for copy in scout.copies:
+        needed.setdefault(copy.source, Spec(scout.shapes[copy.source][0], scout.target_entries[copy.target].dtype))
+    for name, entry in scout.source_entries.items():
+        if entry.state == "redundant" and name not in needed:
+            needed[name] = targets[entry.note]
+    for name, spec in needed.items():
+        if dtype and is_convertible(spec.dtype, dtype):
+            needed[name] = Spec(tuple(spec.shape), dtype)
+        elif keep_dtypes and name in like:
+            needed[name] = Spec(tuple(spec.shape), like[name].dtype)
+    order = [*(name for name in like if name in needed), *(name for name in needed if name not in like)]
+    sources = {name: needed[name] for name in order}
+    return make_plan(
+        mapping, config=config, sources=sources, targets=targets, ties=ties, patch=patch, location=location
+    )
 
 
 def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list[Problem]:
@@ -97,9 +146,12 @@ class _Planner:
         self.unsettled: set[int] = set()
         """Rules that could not be applied: what they are for is not told as unused or not filled as well."""
 
-    def plan(self, *, patch: str, location: str, notes: tuple[str, ...]) -> Plan:
+    def apply_all(self) -> None:
         for index, rule in enumerate(self.mapping.rules):
             self.rule_entries.append(self._apply(index, rule))
+
+    def plan(self, *, patch: str, location: str, notes: tuple[str, ...]) -> Plan:
+        self.apply_all()
         self._check_consumption()
         free = self._check_rest()
         self._tell_gathered(free)
@@ -274,15 +326,12 @@ class _Planner:
 
     def _explain_unexpected(self, name: str) -> tuple[str, str]:
         captures = self.mapping.captures
-        for template in self._source_names():
+        for template in rules.source_names(self.mapping):
             match = template.pattern.match(name)
             for field, text in zip(template.fields, match.groups() if match else (), strict=False):
                 if field.text in captures and int(text) not in (domain := self.binder.domain(field.text)):
                     return problems.beyond(field.text, captures[field.text], domain)
         return "", ""
-
-    def _source_names(self) -> Iterator[NameTemplate]:
-        return (name for rule in self.mapping.rules for node in rule.choices for name in rules.leaves(node))
 
     def _tell_gathered(self, free: Sequence[str]) -> None:
         for capture, count in self.mapping.captures.items():

@@ -6,17 +6,23 @@ shapes of a model (built on the meta device), and returns plain data, or one ``P
 The accounting is total. Every source tensor ends as *used*, *ignored* or *redundant* (a copy of a tied tensor,
 compared when loading); every target as *filled*, *created* or *tied*; every rule as *used* or *off* (its
 condition does not hold). Anything else is an error.
+
+A plan is a relation, and has two directions. As it is made it *loads*: it reads sources and writes targets.
+``Plan.reverse`` is the same plan, *saving*: it reads targets and writes sources. ``reads``, ``writes``, ``steps``
+and ``constants`` say what that means for whoever executes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from tepatch.mapping.bind import IDENTITY, Affine
-from tepatch.mapping.views import Pair
+from tepatch.mapping.views import Pair, contiguous, pair
 
 _WIDE = {8: ("C64", "F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("BF16", "F16", "I16", "U16")}
 ITEM_SIZE = {code: size for size, codes in _WIDE.items() for code in codes}
@@ -42,6 +48,29 @@ class Spec:
     dtype: str
 
 
+class Step(NamedTuple):
+    """A part of a tensor that is written, and where it is read: a ``Copy`` in one of its two directions."""
+
+    read: str
+    sizes: tuple[int, ...]
+    read_strides: tuple[int, ...]
+    read_offset: int
+    write_strides: tuple[int, ...]
+    write_offset: int
+    affine: Affine
+    is_undone: bool
+    """Whether ``affine`` is undone (written = (read - offset) / scale) and not applied."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run of bytes: the same values, one after the other, on both sides."""
+        return self.affine == IDENTITY and self.read_strides == self.write_strides == (1,)  # pairs are merged
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """One pair of views: ``source`` and ``target`` hold the same elements there, up to ``affine``."""
@@ -51,6 +80,13 @@ class Copy:
     pair: Pair
     affine: Affine
     rule: int
+
+    def step(self, *, is_reversed: bool = False) -> Step:
+        """What it means to load, or (reversed) to save."""
+        sizes, source, target, source_offset, target_offset = self.pair
+        if is_reversed:
+            return Step(self.target, sizes, target, target_offset, source, source_offset, self.affine, True)
+        return Step(self.source, sizes, source, source_offset, target, target_offset, self.affine, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +148,69 @@ class Plan:
     targets: MappingABC[str, TargetEntry]
     rules: tuple[RuleEntry, ...]
     notes: tuple[str, ...] = ()
+    is_reversed: bool = False
+    """Whether the plan reads targets and writes sources: saving, not loading."""
+
+    def reverse(self) -> Plan:
+        """The same plan in the other direction. Reversed twice it is equal to what it was."""
+        return replace(self, is_reversed=not self.is_reversed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # nothing in it ever changes, and models that carry a plan are copied
+
+    @cached_property
+    def reads(self) -> dict[str, Spec]:
+        """What is read: the sources that are not ignored, or (reversed) the parameters that are not tied."""
+        return self._stored if self.is_reversed else self._original
+
+    @cached_property
+    def writes(self) -> dict[str, Spec]:
+        """What is written: the parameters that are not tied, or (reversed) the sources that are not ignored."""
+        return self._original if self.is_reversed else self._stored
+
+    @cached_property
+    def steps(self) -> dict[str, tuple[Step, ...]]:
+        """What each written tensor is made of, in the order of its elements; constants are not listed."""
+        out: dict[str, list[Step]] = {name: [] for name in self.writes}
+        for copy in self.copies:
+            out[copy.source if self.is_reversed else copy.target].append(copy.step(is_reversed=self.is_reversed))
+        for name, entry in self.sources.items() if self.is_reversed else ():
+            if entry.state == "redundant":  # a second copy of a tied parameter
+                sizes, strides, _, _, _ = pair(contiguous(entry.shape), entry.shape)
+                out[name].append(Step(entry.note, sizes, strides, 0, strides, 0, IDENTITY, True))
+        return {name: tuple(sorted(steps, key=lambda step: step.write_offset)) for name, steps in out.items()}
+
+    @cached_property
+    def constants(self) -> dict[str, tuple[Fill, ...]]:
+        """Parts of parameters that are constants. Loading writes them; saving must find them as they are."""
+        out: dict[str, list[Fill]] = {}
+        for fill in self.fills:
+            out.setdefault(fill.target, []).append(fill)
+        return {name: tuple(fills) for name, fills in out.items()}
+
+    @cached_property
+    def _original(self) -> dict[str, Spec]:
+        return {name: Spec(e.shape, e.dtype) for name, e in self.sources.items() if e.state != "ignored"}
+
+    @cached_property
+    def _stored(self) -> dict[str, Spec]:
+        return {name: Spec(e.shape, e.dtype) for name, e in self.targets.items() if e.state != "tied"}
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """sha256 over where every element goes: equal for mappings that differ in wording only."""
+        entries = [
+            *((c.source, c.target, *c.pair, *c.affine) for c in self.copies),
+            *((f.target, f.pair.sizes, f.pair.target_strides, f.pair.target_offset, f.value) for f in self.fills),
+            *((name, e.tied_to) for name, e in self.targets.items() if e.state == "tied"),
+        ]
+        lines = sorted(repr(entry) for entry in entries)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all that is written."""
+        return sum(_nbytes(spec.shape, spec.dtype) for spec in self.writes.values())
 
     @property
     def source_bytes(self) -> int:
@@ -124,15 +223,17 @@ class Plan:
         return sum(_nbytes(e.shape, e.dtype) for e in self.targets.values() if e.state != "tied")
 
     def inexact(self) -> dict[str, str]:
-        """Source tensors that would not come back bit for bit, each with the reason."""
+        """What is read and would not come back bit for bit from what is written, each with the reason."""
         out: dict[str, str] = {}
-        for copy in self.copies:
-            source, target = self.sources[copy.source], self.targets[copy.target]
-            if copy.affine != IDENTITY:
-                out[copy.source] = f"scaled or offset ({copy.affine.scale} x + {copy.affine.offset})"
-            elif not is_exact(source.dtype, target.dtype):
-                out[copy.source] = f"{source.dtype} is rounded to {target.dtype}"
-        for name, source in self.sources.items():
+        for name, steps in self.steps.items():
+            written = self.writes[name].dtype
+            for step in steps:
+                read = self.reads[step.read].dtype
+                if step.affine != IDENTITY:
+                    out[step.read] = f"scaled or offset ({step.affine.scale} x + {step.affine.offset})"
+                elif not is_exact(read, written):
+                    out[step.read] = f"{read} is rounded to {written}"
+        for name, source in self.sources.items() if not self.is_reversed else ():
             if source.state == "redundant" and not is_exact(source.dtype, self.targets[source.note].dtype):
                 out[name] = f"{source.dtype} is rounded to {self.targets[source.note].dtype}"
         return out
@@ -161,6 +262,7 @@ class Plan:
         ]
         return {
             "format": "tepatch-plan-1",
+            "direction": "save" if self.is_reversed else "load",
             "patch": self.patch,
             "mapping": self.mapping,
             "digest": self.digest,

@@ -176,6 +176,11 @@ def leaves(node: Node) -> Iterator[NameTemplate]:
         yield from leaves(child)
 
 
+def source_names(mapping: Mapping) -> Iterator[NameTemplate]:
+    """The source names in all rules of a mapping."""
+    return (name for rule in mapping.rules for node in rule.choices for name in leaves(node))
+
+
 def without_alternatives(node: Node) -> Iterator[Node]:
     """``node`` without ``any_of``: one tree for each combination of alternatives, in order.
 

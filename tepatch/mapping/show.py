@@ -17,7 +17,7 @@ MAX_SOURCES = 6
 def show_plan(plan: Plan) -> str:
     """Some twenty lines: rules with their sources, counts of every state, conversions, bytes."""
     lines = [
-        f"plan: {plan.patch or plan.mapping} <- {plan.location or 'a checkpoint'}",
+        f"plan: {plan.patch or plan.mapping} {'->' if plan.is_reversed else '<-'} {plan.location or 'a checkpoint'}",
         f"  mapping {plan.mapping} (sha256 {plan.digest[:12]})",
     ]
     lines += [f"  {line}" for line in _rule_lines(plan)]
@@ -38,7 +38,10 @@ def show_plan(plan: Plan) -> str:
     for name, reason in inexact.items():
         grouped.setdefault(reason, []).append(name)
     lines += [f"    {', '.join(fold(names, 3))}: {reason}" for reason, names in grouped.items()]
-    lines.append(f"  bytes: {plan.source_bytes:,} read, {plan.target_bytes:,} allocated")
+    if plan.is_reversed:
+        lines.append(f"  bytes: {plan.target_bytes:,} read, {plan.write_bytes:,} written")
+    else:
+        lines.append(f"  bytes: {plan.source_bytes:,} read, {plan.target_bytes:,} allocated")
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -173,6 +173,28 @@ def pair(target: View, source_shape: Sequence[int], source_offset: int = 0) -> P
     return Pair(sizes, source_strides, target_strides, source_offset, target.offset)
 
 
+def source_strides(pair: Pair, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The strides with which a whole row-major source of ``shape`` lies in the target, beginning at the pair's offset.
+
+    None if no strides say it: the pair covers only a part of the source, or one dimension of the source jumps
+    within the target (rows dealt out to groups). Nor does an empty source have any.
+    """
+    atoms = [atom for atom in zip(pair.source_strides, pair.sizes, pair.target_strides, strict=True) if atom[1] != 1]
+    expected = 1
+    for stride, size, _ in sorted(atoms):
+        if stride != expected:
+            return None
+        expected *= size
+    if pair.source_offset != 0 or expected != prod(shape) or expected == 0:
+        return None
+    whole = join_dims([((size, stride),) for _, size, stride in sorted(atoms, reverse=True)])
+    try:
+        dims = split_dim(whole, shape)
+    except LayoutError:
+        return None
+    return tuple(dim[0][1] for dim in dims) if all(len(dim) == 1 for dim in dims) else None
+
+
 def tiling_error(views: Iterable[View], numel: int) -> str | None:
     """Prove that ``views`` cover each of ``numel`` elements exactly once; else say what is wrong.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 from tepatch.checkpoint import Checkpoint, dtype_code, open_checkpoint, torch_dtype
 from tepatch.checkpoint.dtypes import ITEM_SIZES
+from tepatch.checkpoint.reading import FileStamp
 from tepatch.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -106,7 +109,7 @@ def test_a_tensor_of_another_shard_is_refused_by_name(stored: tuple[Checkpoint, 
 
 
 @pytest.mark.parametrize("during", [False, True], ids=["before it is opened", "while it is open"])
-@pytest.mark.parametrize("change", ["size", "mtime", "gone"])
+@pytest.mark.parametrize("change", ["size", "mtime", "gone", "bytes", "file"])
 def test_a_file_that_changed_since_its_header_was_read_is_refused(
     stored: tuple[Checkpoint, Tensors], change: str, during: bool
 ) -> None:
@@ -119,9 +122,15 @@ def test_a_file_that_changed_since_its_header_was_read_is_refused(
         if change == "gone":
             path.unlink()
             return
+        # What neither size nor time of writing shows: other bytes, and another file of the same bytes.
+        if change == "bytes":
+            path.write_bytes(bytes(status.st_size))
+        if change == "file":
+            shutil.copyfile(path, path.with_name("other"))
+            os.rename(path.with_name("other"), path)
         if change == "size":
             os.truncate(path, status.st_size + 1)
-        later = 0 if change == "size" else 1
+        later = 1 if change == "mtime" else 0
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + later))
 
     def read() -> None:
@@ -145,15 +154,60 @@ def test_a_tensor_that_is_not_as_promised_is_refused(stored: tuple[Checkpoint, T
                 shard.read(wrong)
 
 
-def test_a_safetensors_file_replaced_within_its_timestamp_cannot_be_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["size", "mtime_ns", "ctime_ns", "inode", "device"])
+def test_each_field_of_a_stamp_is_compared(field: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    stamp = FileStamp.of(tmp_path / "file", where="file")
+    stamp.verify()
+    names = {"inode": "st_ino", "device": "st_dev"}
+    assert getattr(stamp, field) == getattr(os.stat(tmp_path / "file"), names.get(field, f"st_{field}"))
+    with pytest.raises(CheckpointError, match="file: has changed since its header was read"):
+        replace(stamp, **{field: getattr(stamp, field) + 1}).verify()
+
+
+@pytest.mark.parametrize(("change", "what"), [("gone", "is gone"), ("other", "has changed")])
+def test_a_file_that_changes_while_its_bytes_are_opened_is_refused(
+    change: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w": torch.ones(4)}, path)
     checkpoint = open_checkpoint(tmp_path)
-    status = path.stat()
-    path.write_bytes(bytes(status.st_size))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be opened"):
-        checkpoint.open("model.safetensors").__enter__()
+    opened = os.open
+    descriptors: list[int] = []
+
+    def opening(name: Any, *arguments: Any, **options: Any) -> int:
+        if change == "gone":
+            path.unlink()
+        else:
+            shutil.copyfile(path, path.with_name("other"))
+            os.rename(path.with_name("other"), path)
+        descriptors.append(opened(name, *arguments, **options))
+        return descriptors[-1]
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {what} since its header was read"):
+        checkpoint.open_bytes("model.safetensors")
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_that_goes_while_it_is_opened_is_told_as_gone(
+    kind: str, tmp_path: Path, write_shards: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shards(tmp_path, {f"x.{kind}": {"w": torch.ones(4)}}) / f"x.{kind}"
+    checkpoint = open_checkpoint(tmp_path)
+    looked = os.stat
+
+    def looking(name: Any, **options: Any) -> os.stat_result:
+        found = looked(name, **options)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(os, "stat", looking)
+    with pytest.raises(CheckpointError, match=f"x.{kind}: is gone"), checkpoint.open(f"x.{kind}"):
+        pass
 
 
 @pytest.mark.parametrize("code", ITEM_SIZES)

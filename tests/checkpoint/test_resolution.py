@@ -123,3 +123,14 @@ def test_options_without_a_meaning_are_refused(folder: Path) -> None:
         open_checkpoint(folder / "pytorch_model.bin", use_safetensors=True)
     with pytest.raises(CheckpointError, match="not allowed by use_safetensors=False"):
         open_checkpoint(folder / "model.safetensors.index.json", use_safetensors=False)
+
+
+def test_converted_weights_are_never_looked_for_among_pickles(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "tepatch.safetensors")
+    (tmp_path / "tepatch.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"use_safetensors=False has no meaning: tepatch.json says"):
+        open_checkpoint(tmp_path, use_safetensors=False)
+    for restriction in (None, True):  # no restriction of what is there: the manifest is what is wrong
+        with pytest.raises(CheckpointError, match=r"tepatch.json") as caught:
+            open_checkpoint(tmp_path, use_safetensors=restriction)
+        assert "has no meaning" not in str(caught.value)

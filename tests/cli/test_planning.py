@@ -108,3 +108,103 @@ def test_a_value_that_is_not_on_offer_is_wrong_usage(option: str, run: Run, tiny
     result = run("plan", "llama", tiny, option, "int4")
     assert result.exit_code == 2
     assert "auto" in result.stderr
+
+
+# -- another plan, and the page --
+
+
+@pytest.fixture
+def swapped(tmp_path: Path, llama_mapping: str) -> Path:
+    """A mapping file of which the gate and up projections have changed places."""
+    path = tmp_path / "swapped.yaml"
+    text = llama_mapping.replace("mlp.gate_proj.weight", "mlp.x").replace("mlp.up_proj.weight", "mlp.gate_proj.weight")
+    path.write_text(text.replace("mlp.x", "mlp.up_proj.weight"))
+    assert path.read_text() != llama_mapping
+    return path
+
+
+def test_a_plan_is_the_same_as_the_one_that_was_saved(run: Run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(run("plan", "llama", tiny, "--json").stdout)
+    result = run("plan", "llama", tiny, "--diff", tmp_path / "old.json")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("the same: every parameter and every tensor\n")
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_what_changed_since_another_plan_or_mapping_is_shown(
+    is_saved: bool, run: Run, tiny: Path, tmp_path: Path, swapped: Path
+) -> None:
+    other = swapped
+    if is_saved:
+        other = tmp_path / "old.json"
+        other.write_text(run("plan", "llama", tiny, "--mapping", swapped, "--json").stdout)
+    result = run("plan", "llama", tiny, "--diff", other)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert f"mapping {swapped} " in lines[0]
+    assert "mapping llama.tepatch.yaml " in lines[1]
+    assert lines[2:] == [
+        "2 parameters changed",
+        "  laid out otherwise: model.layers.{0..1}.layernorm_mlp.fc1_weight",
+        "    mlp.gate_proj.weight: rows 48..96 -> rows 0..48",
+        "    mlp.up_proj.weight: rows 0..48 -> rows 48..96",
+    ]
+
+
+def test_a_difference_can_be_had_as_json(run: Run, tiny: Path, swapped: Path) -> None:
+    result = run("plan", "llama", tiny, "--diff", swapped, "--json")
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert [change["kind"] for change in data["changes"]] == ["layout", "layout"]
+    assert (data["same"], data["old"]["mapping"]) == (False, str(swapped))
+
+
+def test_a_saved_plan_that_is_damaged_is_an_error_and_no_difference(run: Run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"format": "tepatch-plan-1"}')
+    result = run("plan", "llama", tiny, "--diff", tmp_path / "old.json", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "PlanError"
+    assert "copies: is missing" in result.stderr
+
+
+def test_another_plan_that_is_not_there_is_wrong_usage(run: Run, tiny: Path, tmp_path: Path) -> None:
+    result = run("plan", "llama", tiny, "--diff", tmp_path / "absent.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--diff" in result.stderr
+
+
+def test_the_page_is_written_and_named(run: Run, tiny: Path, tmp_path: Path) -> None:
+    from tepatch.mapping.page import plan_page
+
+    result = run("plan", "llama", tiny, "--html", tmp_path / "page.html")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_text() == plan_page(tepatch.plan("llama", tiny))
+
+
+def test_with_a_page_stdout_is_for_what_else_is_asked_for(run: Run, tiny: Path, tmp_path: Path, swapped: Path) -> None:
+    result = run("plan", "llama", tiny, "--html", tmp_path / "1.html", "--json")
+    assert json.loads(result.stdout)["format"] == "tepatch-plan-1"
+    assert str(tmp_path / "1.html") in result.stderr.splitlines()
+    result = run("plan", "llama", tiny, "--html", tmp_path / "2.html", "--diff", swapped)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("old: ")
+    assert (tmp_path / "2.html").is_file()
+
+
+def test_a_page_takes_the_place_of_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "link.html").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "there.html", tmp_path / "link.html", tmp_path, tmp_path / "absent" / "page.html"):
+        # Before anything is planned: the checkpoint is not even there.
+        result = run("plan", "llama", tmp_path / "absent", "--html", path)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "--html" in result.stderr
+    assert (tmp_path / "there.html").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_no_page_is_written_of_a_plan_that_is_not_made(run: Run, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    assert run("plan", "llama", tmp_path / "broken", "--html", tmp_path / "page.html").exit_code == 1
+    assert not (tmp_path / "page.html").exists()

@@ -15,8 +15,7 @@ import pytest
 
 from tepatch.cli.output import print_json
 from tepatch.cli.tokens import SAMPLE
-from tepatch.cli.verifying import judge
-from tepatch.verify import Agreement, Verification
+from tepatch.verify import Agreement, Verification, judge
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -273,3 +272,10 @@ def test_transformer_engine_in_float32_is_held_to_what_tf32_can_do() -> None:
     te = dataclasses.replace(verification("float32", agreement(max_error_relative=4.9e-3), fine), backend="te")
     assert judge(te).passed
     assert not judge(dataclasses.replace(te, ours=agreement(max_error_relative=5.1e-3))).passed
+
+
+def test_a_checkpoint_in_the_layout_of_the_layers_is_refused(run: Run, tiny: Path, tmp_path: Path) -> None:
+    assert run("convert", "llama", tiny, tmp_path / "te", "--quiet").exit_code == 0
+    result = run("verify", "llama", tmp_path / "te", *SHORT)
+    assert result.exit_code == 1
+    assert "tepatch certify" in result.stderr

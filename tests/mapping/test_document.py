@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def test_nesting_has_a_bound() -> None:
     deepest = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert parse_document(deepest).data is not None
     assert f"deeper than {MAX_DEPTH} levels" in refusal(f"[{deepest}]")
-    assert f"deeper than {MAX_DEPTH} levels" in refusal("[" * 100_000)
+    # Newer versions of PyYAML have a bound of their own, and meet it while they scan.
+    assert re.search(f"deeper than {MAX_DEPTH} levels|nesting depth", refusal("[" * 100_000))
 
 
 def test_the_size_of_a_text_has_a_bound() -> None:

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from tepatch.mapping import views
 from tepatch.mapping.axes import parse_axes
-from tepatch.mapping.views import LayoutError, Pair, View, contiguous, join_dims, narrow, pair, select, split_dim
+from tepatch.mapping.views import (
+    LayoutError,
+    Pair,
+    View,
+    contiguous,
+    join_dims,
+    narrow,
+    pair,
+    select,
+    source_strides,
+    split_dim,
+)
 
 
 def positions(shape: tuple[int, ...]) -> torch.Tensor:
@@ -206,6 +217,72 @@ def test_axes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(LayoutError, match=message):
         parse_axes(text).apply(contiguous(shape), sizes)
+
+
+# -- a whole source as one strided tensor --
+
+
+def strided_as(seen: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    """By brute force: whether positions ``seen`` are those of one strided tensor that begins at the first of them."""
+    grid = torch.full(seen.shape, int(seen.flatten()[0]))
+    for dim, (size, stride) in enumerate(zip(seen.shape, strides, strict=True)):
+        grid += (torch.arange(size) * stride).view(-1, *[1] * (seen.dim() - dim - 1))
+    return torch.equal(grid, seen)
+
+
+@given(looks())
+def test_strides_of_a_source_are_found_exactly_if_there_are_any(seen: Seen) -> None:
+    shape = tuple(seen.expected.shape)
+    found = source_strides(pair(seen.view, shape), shape)
+    steps = [
+        seen.expected.select(dim, 1) - seen.expected.select(dim, 0) if n > 1 else None for dim, n in enumerate(shape)
+    ]
+    only_ones_possible = tuple(1 if step is None else int(step.flatten()[0]) for step in steps)
+    assert (found is not None) == strided_as(seen.expected, only_ones_possible)
+    if found is not None:
+        assert strided_as(seen.expected, found)
+
+
+@given(looks(), st.data())
+def test_a_part_of_a_source_has_no_strides(seen: Seen, data: st.DataObject) -> None:
+    block = tuple(seen.view.shape)
+    dim = data.draw(st.integers(0, len(block) - 1))
+    before, after = data.draw(st.sampled_from([(0, 1), (1, 0), (2, 3)]))
+    shape = (*block[:dim], before + block[dim] + after, *block[dim + 1 :])
+    part = pair(seen.view, shape, before * prod(shape[dim + 1 :]))
+    assert source_strides(part, shape) is None
+    assert source_strides(part, block) is None or part == pair(seen.view, block)
+
+
+@pytest.mark.parametrize(
+    ("axes", "target", "strides"),
+    [
+        ("a b -> a b", (4, 8), (8, 1)),
+        ("b a -> a b", (4, 8), (1, 8)),
+        ("(a b) -> a b", (4, 8), (1,)),
+        ("b a i -> (a b) i", (12, 5), (5, 15, 1)),
+        ("(b a) i -> (a b) i", (12, 5), None),
+        ("(b a) -> a b", (4, 8), None),
+    ],
+)
+def test_strides_are_those_of_a_permuted_tensor(
+    axes: str, target: tuple[int, ...], strides: tuple[int, ...] | None
+) -> None:
+    view = parse_axes(axes).apply(contiguous(target), {"b": 3 if target == (12, 5) else 8})
+    assert source_strides(pair(view, view.shape), view.shape) == strides
+
+
+def test_rows_of_groups_have_strides_only_with_a_dimension_for_the_groups() -> None:
+    outer, inner = split_dim(contiguous((12, 5)).dims[0], (3, 4))
+    rows = narrow(View(0, (outer, inner, ((5, 1),))), 1, 0, 2)
+    assert source_strides(pair(rows, (3, 2, 5)), (3, 2, 5)) == (20, 5, 1)
+    assert source_strides(pair(rows, (3, 2, 5)), (6, 5)) is None
+    one = narrow(View(0, (outer, inner, ((5, 1),))), 1, 3, 1)
+    assert source_strides(pair(one, (3, 1, 5)), (3, 5)) == (20, 1)
+
+
+def test_an_empty_source_has_no_strides() -> None:
+    assert source_strides(pair(contiguous((0, 4)), (0, 4)), (0, 4)) is None
 
 
 # -- the proof --

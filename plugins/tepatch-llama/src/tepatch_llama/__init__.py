@@ -31,6 +31,7 @@ def tepatch_patches() -> Iterable[tepatch.Patch]:
             f"{_HF}:LlamaRotaryEmbedding": "tepatch_llama.layer:LlamaRotaryEmbedding",
         },
         mapping="tepatch_llama:llama.tepatch.yaml",
+        layouts={"te_llama": "tepatch_llama:te_llama.tepatch.yaml"},
         summary="Llama 2, 3, 3.x and look-alikes (SmolLM2, Vicuna, Yi, ...)",
     )
 

@@ -1,0 +1,180 @@
+"""Making models: ``load``, ``build`` and ``plan``.
+
+Each goes the same way: find the patch, open the checkpoint (headers only), build the model on the meta device
+with the patch's layers, make the plan. ``plan`` stops there; ``load`` and ``build`` execute it.
+"""
+
+from __future__ import annotations
+
+import gc
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+from tepatch.checkpoint import open_checkpoint
+from tepatch.errors import BackendError, Problem
+from tepatch.execute import load_tensors
+from tepatch.hf.fresh import FreshWeights
+from tepatch.hf.model import finish_loading, install, refuse_what_is_gone, set_generation_config
+from tepatch.hf.state import attach
+from tepatch.job import AUTO, Job, find_patch, given_config, settle
+from tepatch.mapping import Plan
+from tepatch.patch import Patch
+from tepatch.plugins import PluginHost
+from tepatch.report import Report, installed_versions
+from tepatch.te import BackendName, probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load(
+    patch: str | Patch,
+    location: str | PathLike[str],
+    *,
+    dtype: torch.dtype | str = AUTO,
+    device: torch.device | str | None = None,
+    backend: BackendName = AUTO,
+    mapping: str | PathLike[str] | None = None,
+    config: PreTrainedConfig | None = None,
+    variant: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    use_safetensors: bool | None = None,
+    progress: bool | None = None,
+    plugins: PluginHost | None = None,
+) -> PreTrainedModel:
+    """Load a Hugging Face checkpoint into its own model class, with the patch's layers in it.
+
+    ``patch`` is a patch's name, ``"auto"`` (by ``config.model_type``), or a ``Patch``. ``location`` is a folder,
+    a checkpoint file, or a hub id in the local cache (nothing is downloaded). ``dtype`` is the dtype of the
+    parameters; ``"auto"`` takes the config's, as transformers does. ``device`` defaults to the GPU with
+    Transformer Engine and to the CPU without. ``backend`` is ``"auto"``, ``"te"`` or ``"reference"``.
+    ``mapping`` replaces the patch's mapping file by one of yours. ``variant``, ``subfolder``, ``revision`` and
+    ``use_safetensors`` mean what they mean to ``from_pretrained``.
+
+    Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
+    ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError`` or ``PlanError``;
+    while reading, ``CheckpointError`` or ``LoadError``. After an error no class stays patched and nothing is
+    half-loaded.
+    """
+    checkpoint = open_checkpoint(
+        location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
+    )
+    config = given_config(config, checkpoint)
+    resolved = find_patch(patch, config, plugins)
+    with settle(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
+        set_generation_config(job.model, checkpoint.config_folder)
+        model = _execute(job, device, progress=progress)
+    finish_loading(model, str(location))
+    return model
+
+
+def build(
+    patch: str | Patch,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str = AUTO,
+    device: torch.device | str | None = None,
+    backend: BackendName = AUTO,
+    mapping: str | PathLike[str] | None = None,
+    plugins: PluginHost | None = None,
+) -> PreTrainedModel:
+    """Make a patched model with fresh weights, initialised as Hugging Face initialises the same architecture.
+
+    Every tensor of the stock model is drawn by the model class's own initialiser (same distributions and
+    standard deviations; norms at one, biases at zero) and carried over by the mapping. Arguments and errors are
+    those of ``load``. The model is in training mode, as Hugging Face's fresh models are.
+    """
+    resolved = find_patch(patch, given_config(config, None), plugins)
+    with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping) as job:
+        return _execute(job, device, progress=False)
+
+
+def plan(
+    patch: str | Patch,
+    location: str | PathLike[str],
+    *,
+    dtype: torch.dtype | str = AUTO,
+    backend: BackendName = AUTO,
+    mapping: str | PathLike[str] | None = None,
+    config: PreTrainedConfig | None = None,
+    variant: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    use_safetensors: bool | None = None,
+    plugins: PluginHost | None = None,
+) -> Plan:
+    """What ``load`` would do, proven from headers alone: no weight is read and no memory for any is taken.
+
+    Arguments are those of ``load``. Raises ``PlanError`` with every problem at once.
+    """
+    checkpoint = open_checkpoint(
+        location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
+    )
+    config = given_config(config, checkpoint)
+    resolved = find_patch(patch, config, plugins)
+    with settle(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
+        return job.reading
+
+
+def _execute(job: Job, device: torch.device | str | None, *, progress: bool | None) -> PreTrainedModel:
+    is_te = job.modules.name == "te"
+    target = _device(device, is_te)
+    if is_te and target.type != "cuda":
+        raise BackendError(
+            Problem(
+                where=f"device={target}",
+                what="Transformer Engine computes on GPUs only",
+                fix="leave device out, or pass backend='reference'",
+            )
+        )
+    if isinstance(job.checkpoint, FreshWeights):
+        job.checkpoint.device = target
+    if target.type == "cuda":
+        gc.collect()  # a patched model refers to itself: one that was deleted may still hold the memory needed now
+    tensors, timing = load_tensors(job.reading, job.checkpoint, device=target, progress=progress)
+    install(job.model, job.reading, tensors, target)
+    job.model.tepatch = Report(  # type: ignore[assignment]
+        patch=job.patch.name,
+        backend=job.modules.name,
+        backend_note="" if is_te else probe().reason,
+        model_class=type(job.model).__name__,
+        replaced=job.replaced,
+        device=str(target),
+        dtype=str(job.dtype).removeprefix("torch."),
+        plan=job.relation,
+        others=job.others(),
+        rules=job.rules,
+        layout=job.layout,
+        config_folder=None
+        if isinstance(job.checkpoint, FreshWeights)
+        else str(job.checkpoint.config_folder.absolute()),
+        bytes_read=timing.bytes_read,
+        seconds={**job.seconds, "load": timing.seconds},
+        versions=installed_versions(),
+    )
+    refuse_what_is_gone(job.model)
+    attach(job.model)
+    return job.model
+
+
+def _device(device: torch.device | str | None, is_te: bool) -> torch.device:
+    if device is None:
+        device = "cuda" if is_te else "cpu"
+    try:
+        out = torch.device(device)
+        if out.type == "cuda" and out.index is None:
+            out = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=out).item()  # a device may exist and still hold no values
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise BackendError(
+            Problem(
+                where=f"device={device}",
+                what="this device can not be used",
+                found=str(error).splitlines()[0],
+                fix="pass a device that torch has here, or leave device out",
+            )
+        ) from None
+    return out
