@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tepatch.api import build, certify, check_certificate, convert, load, plan, save
+    from tepatch.api import build, certify, check_certificate, convert, load, plan, save, set_precision
     from tepatch.errors import TepatchError
     from tepatch.hookspecs import hookimpl
     from tepatch.patch import Patch
@@ -30,6 +30,7 @@ __all__ = [
     "plan",
     "replace_layers",
     "save",
+    "set_precision",
 ]
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "plan": "tepatch.api",
     "replace_layers": "tepatch.replace",
     "save": "tepatch.api",
+    "set_precision": "tepatch.api",
 }
 
 

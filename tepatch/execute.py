@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,6 +21,9 @@ from tepatch.checkpoint import Checkpoint, TensorInfo, torch_dtype
 from tepatch.errors import LoadError, Problem
 from tepatch.mapping.plan import Copy, Fill, Plan
 from tepatch.progress import ProgressBar
+
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
+"""From a parameter's name, shape and dtype to new memory for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,44 +35,53 @@ class Timing:
 
 
 def load_tensors(
-    plan: Plan, checkpoint: Checkpoint, *, device: torch.device, progress: bool | None = None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    allocate: Allocate | None = None,
+    progress: bool | None = None,
 ) -> tuple[dict[str, torch.Tensor], Timing]:
     """Read a checkpoint into new tensors, one for each parameter of the plan that is not tied.
 
-    Shapes and dtypes are those of ``plan.targets``. Memory: the tensors themselves and at most one source
-    tensor. ``progress`` shows a bar on stderr (default: when that is a terminal). Raises ``LoadError`` when
-    memory runs out and ``CheckpointError`` when a file can not be read or a redundant copy differs.
+    Shapes and dtypes are those of ``plan.targets``. They are on ``device``, unless ``allocate`` puts each where it
+    belongs. Memory: the tensors themselves and at most one source tensor. ``progress`` shows a bar on stderr (default:
+    when that is a terminal). Raises ``LoadError`` when memory runs out and ``CheckpointError`` when a file can not be
+    read or a redundant copy differs.
     """
     started = time.perf_counter()
     out: dict[str, torch.Tensor] = {}
     done = 0
+    is_one_device = allocate is None
+    allocate = allocate or partial(_on, device)
     try:
         with ProgressBar(plan.source_bytes, progress, "loading") as bar:
             for fill in plan.fills:
-                _apply_fill(fill, _allocate(out, plan, fill.target, device))
+                _apply_fill(fill, _allocated(out, plan, fill.target, allocate))
             for file, steps in _visits(plan, checkpoint):
                 with checkpoint.open(file) as shard:
                     for info, copies in steps:
                         source = shard.read(info)
                         for copy in copies:
-                            put(copy.step(), source, _allocate(out, plan, copy.target, device))
+                            put(copy.step(), source, _allocated(out, plan, copy.target, allocate))
                         if not copies:
                             check_copy(plan, info.name, source, out[plan.sources[info.name].note])
                         done += info.nbytes
                         bar.advance(info.nbytes)
                         del source
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        for used in {tensor.device for tensor in out.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(used)
     except BaseException as error:
         # Give the memory back now: the error's traceback keeps every frame, and their tensors, alive.
         out.clear()
         traceback.clear_frames(error.__traceback__)
         if not is_out_of_memory(error):
             raise
+        on = f" on {device}" if is_one_device else ""
         raise LoadError(
             Problem(
                 where=plan.location,
-                what=f"out of memory on {device} after reading {done:,} of {plan.source_bytes:,} bytes",
+                what=f"out of memory{on} after reading {done:,} of {plan.source_bytes:,} bytes",
                 expected=f"{plan.target_bytes:,} bytes for the model's parameters",
                 found=str(error).splitlines()[0],
                 fix="use a device with more memory or a smaller dtype; nothing was kept of this load",
@@ -110,12 +123,17 @@ def _visits(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, list[tuple[Te
     return [*first.items(), *second.items()]
 
 
-def _allocate(out: dict[str, torch.Tensor], plan: Plan, name: str, device: torch.device) -> torch.Tensor:
+def _allocated(out: dict[str, torch.Tensor], plan: Plan, name: str, allocate: Allocate) -> torch.Tensor:
     tensor = out.get(name)
     if tensor is None:
-        entry = plan.targets[name]
-        tensor = out[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device)
+        entry, dtype = plan.targets[name], torch_dtype(plan.targets[name].dtype)
+        assert dtype is not None
+        tensor = out[name] = allocate(name, entry.shape, dtype)
     return tensor
+
+
+def _on(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _view(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:

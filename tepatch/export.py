@@ -20,7 +20,9 @@ from tepatch.checkpoint.staging import Staging
 from tepatch.errors import Problem, SaveError
 from tepatch.hf.config import told
 from tepatch.hf.exporting import check_present, export_plan, report_of
-from tepatch.hf.languages import named_tensors, readable
+from tepatch.hf.languages import readable
+from tepatch.hf.model import named_tensors
+from tepatch.hf.placement import offloaded
 from tepatch.job import AUTO, parameter_dtype
 from tepatch.mapping import Plan
 from tepatch.storing import MAX_SHARD_SIZE, Outline, companions
@@ -72,7 +74,7 @@ def save(
     report = report_of(model)
     code = "" if isinstance(dtype, str) and dtype == AUTO else dtype_code(parameter_dtype(dtype, model.config)) or ""
     plan = export_plan(model, dtype=code)
-    tensors, notes = named_tensors(model), []
+    tensors, away, notes = named_tensors(model), offloaded(model), []
     plain = (torch.Tensor, torch.nn.Parameter)
     kinds = Counter(kind.__name__ for kind in (type(tensors[name]) for name in plan.reads) if kind not in plain)
     if kinds:
@@ -91,7 +93,7 @@ def save(
     outline = Outline.of(plan, files, max_shard_size=max_shard_size)
 
     def read(name: str) -> torch.Tensor:
-        tensor = readable(tensors[name].detach())
+        tensor = away[name]() if name in away else readable(tensors[name].detach())
         if tensor is None:
             raise SaveError(
                 Problem(
@@ -102,7 +104,7 @@ def save(
             )
         return tensor
 
-    check_present(tensors, plan)
+    check_present(tensors, plan, away)
     check_constants(plan, read)
     source_folder = None if report.config_folder is None else Path(report.config_folder)
     with Staging(folder, overwrite=overwrite, source=source_folder, need=outline.need) as staging:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import gc
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tepatch.checkpoint import open_checkpoint
-from tepatch.errors import BackendError, Problem
+from tepatch.checkpoint import open_checkpoint, torch_dtype
+from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.execute import load_tensors
 from tepatch.hf.fresh import FreshWeights
-from tepatch.hf.model import finish_loading, install, refuse_what_is_gone, set_generation_config
+from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
+from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
+from tepatch.hf.projections import install_projections
 from tepatch.hf.state import attach
 from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
@@ -24,6 +26,8 @@ from tepatch.patch import Patch
 from tepatch.plugins import PluginHost
 from tepatch.report import Report, installed_versions
 from tepatch.te import BackendName, probe
+from tepatch.te.layer import apply_precision
+from tepatch.te.precision import read_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +39,11 @@ def load(
     *,
     dtype: torch.dtype | str = AUTO,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | PathLike[str] | None = None,
     backend: BackendName = AUTO,
+    precision: Any = None,
     mapping: str | PathLike[str] | None = None,
     config: PreTrainedConfig | None = None,
     variant: str | None = None,
@@ -50,15 +58,19 @@ def load(
     ``patch`` is a patch's name, ``"auto"`` (by ``config.model_type``), or a ``Patch``. ``location`` is a folder,
     a checkpoint file, or a hub id in the local cache (nothing is downloaded). ``dtype`` is the dtype of the
     parameters; ``"auto"`` takes the config's, as transformers does. ``device`` defaults to the GPU with
-    Transformer Engine and to the CPU without. ``backend`` is ``"auto"``, ``"te"`` or ``"reference"``.
-    ``mapping`` replaces the patch's mapping file by one of yours. ``variant``, ``subfolder``, ``revision`` and
-    ``use_safetensors`` mean what they mean to ``from_pretrained``.
+    Transformer Engine and to the CPU without. ``device_map``, ``max_memory`` and ``offload_folder`` (for what is on
+    "disk"; new or empty) mean what they mean to ``from_pretrained``; with Transformer Engine, modules on "cpu" and
+    "disk" keep their weights there and compute on the first GPU of the map. ``backend`` is ``"auto"``, ``"te"`` or
+    ``"reference"``. ``precision`` is what the layers compute their matrix products in (see ``set_precision``);
+    None leaves it to the ``te.autocast`` around the model. ``mapping`` replaces the patch's mapping file by one of
+    yours. ``variant``, ``subfolder``, ``revision`` and ``use_safetensors`` mean what they mean to ``from_pretrained``.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
     ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError`` or ``PlanError``;
     while reading, ``CheckpointError`` or ``LoadError``. After an error no class stays patched and nothing is
     half-loaded.
     """
+    request = read_precision(precision)
     checkpoint = open_checkpoint(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
@@ -66,7 +78,14 @@ def load(
     resolved = find_patch(patch, config, plugins)
     with settle(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
         set_generation_config(job.model, checkpoint.config_folder)
-        model = _execute(job, device, progress=progress)
+        text = "" if precision is None else apply_precision(job.model, request)
+        placement = _placement(job, device, device_map, max_memory, offload_folder)
+        try:
+            model = _execute(job, device, placement, precision=text, progress=progress)
+        except BaseException:
+            if placement is not None:
+                placement.discard()
+            raise
     finish_loading(model, str(location))
     return model
 
@@ -78,6 +97,7 @@ def build(
     dtype: torch.dtype | str = AUTO,
     device: torch.device | str | None = None,
     backend: BackendName = AUTO,
+    precision: Any = None,
     mapping: str | PathLike[str] | None = None,
     plugins: PluginHost | None = None,
 ) -> PreTrainedModel:
@@ -87,9 +107,11 @@ def build(
     standard deviations; norms at one, biases at zero) and carried over by the mapping. Arguments and errors are
     those of ``load``. The model is in training mode, as Hugging Face's fresh models are.
     """
+    request = read_precision(precision)
     resolved = find_patch(patch, given_config(config, None), plugins)
     with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping) as job:
-        return _execute(job, device, progress=False)
+        text = "" if precision is None else apply_precision(job.model, request)
+        return _execute(job, device, None, precision=text, progress=False)
 
 
 def plan(
@@ -119,9 +141,50 @@ def plan(
         return job.reading
 
 
-def _execute(job: Job, device: torch.device | str | None, *, progress: bool | None) -> PreTrainedModel:
+def _placement(
+    job: Job,
+    device: torch.device | str | None,
+    device_map: DeviceMap | None,
+    max_memory: MaxMemory | None,
+    offload_folder: str | PathLike[str] | None,
+) -> Placement | None:
+    """Where the model's modules go, if the user says more than a device."""
+    given = {"device": device, "max_memory": max_memory, "offload_folder": offload_folder}
+    if device_map is None:
+        if beside := [name for name in ("max_memory", "offload_folder") if given[name] is not None]:
+            raise PlanError(
+                Problem(
+                    where=", ".join(beside),
+                    what="has a meaning for a device map only",
+                    fix="pass device_map='auto' with it, or leave it out",
+                )
+            )
+        return None
+    if device is not None:
+        raise PlanError(
+            Problem(
+                where="device, device_map",
+                what="both say where the model goes",
+                found=f"device={device!r}, device_map={device_map!r}",
+                fix="pass one of them: device for one device, device_map for several",
+            )
+        )
+    dtypes = {name: torch_dtype(entry.dtype) for name, entry in job.reading.targets.items()}
+    return place(
+        job.model,
+        {name: dtype for name, dtype in dtypes.items() if dtype is not None},
+        device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        needs_gpu=job.modules.name == "te",
+    )
+
+
+def _execute(
+    job: Job, device: torch.device | str | None, placement: Placement | None, *, precision: str, progress: bool | None
+) -> PreTrainedModel:
     is_te = job.modules.name == "te"
-    target = _device(device, is_te)
+    target = _device(device, is_te) if placement is None else placement.main
     if is_te and target.type != "cuda":
         raise BackendError(
             Problem(
@@ -134,7 +197,8 @@ def _execute(job: Job, device: torch.device | str | None, *, progress: bool | No
         job.checkpoint.device = target
     if target.type == "cuda":
         gc.collect()  # a patched model refers to itself: one that was deleted may still hold the memory needed now
-    tensors, timing = load_tensors(job.reading, job.checkpoint, device=target, progress=progress)
+    allocate = None if placement is None else placement.allocate
+    tensors, timing = load_tensors(job.reading, job.checkpoint, device=target, allocate=allocate, progress=progress)
     install(job.model, job.reading, tensors, target)
     job.model.tepatch = Report(  # type: ignore[assignment]
         patch=job.patch.name,
@@ -142,8 +206,9 @@ def _execute(job: Job, device: torch.device | str | None, *, progress: bool | No
         backend_note="" if is_te else probe().reason,
         model_class=type(job.model).__name__,
         replaced=job.replaced,
-        device=str(target),
+        device=str(target) if placement is None else ", ".join(placement.devices),
         dtype=str(job.dtype).removeprefix("torch."),
+        precision=precision,
         plan=job.relation,
         others=job.others(),
         rules=job.rules,
@@ -155,8 +220,13 @@ def _execute(job: Job, device: torch.device | str | None, *, progress: bool | No
         seconds={**job.seconds, "load": timing.seconds},
         versions=installed_versions(),
     )
-    refuse_what_is_gone(job.model)
+    add_hooks(job.model)
     attach(job.model)
+    install_projections(job.model, job.relation)
+    if is_te:
+        launch_where_weights_are(job.model)
+    if placement is not None:
+        placement.dispatch(job.model)
     return job.model
 
 
@@ -167,8 +237,7 @@ def _device(device: torch.device | str | None, is_te: bool) -> torch.device:
         out = torch.device(device)
         if out.type == "cuda" and out.index is None:
             out = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros(1, device=out).item()  # a device may exist and still hold no values
-    except (RuntimeError, AssertionError) as error:  # torch raises either
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any
         raise BackendError(
             Problem(
                 where=f"device={device}",
@@ -177,4 +246,5 @@ def _device(device: torch.device | str | None, is_te: bool) -> torch.device:
                 fix="pass a device that torch has here, or leave device out",
             )
         ) from None
+    check_device(out)
     return out

@@ -24,6 +24,9 @@ class Report:
     """The layer classes and how many of each, as text."""
     device: str
     dtype: str
+    precision: str
+    """What the layers compute their matrix products in, as ``load`` or the last ``set_precision`` said; empty if that
+    is left to the ``te.autocast`` around the model."""
     plan: Plan
     """How the parameters and the original checkpoint's tensors belong together."""
     others: tuple[Plan, ...] = field(repr=False)
@@ -52,6 +55,8 @@ class Report:
             f"  {timing} ({self.bytes_read:,} bytes, {rate:.2f} GB/s)",
             "  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         ]
+        if self.precision:
+            lines.append(f"  precision: {self.precision}")
         if self.layout != "hf":
             lines.append(f"  read from a checkpoint in the layout '{self.layout}'; saved in the original's:")
         if self.backend_note:

@@ -48,16 +48,16 @@ def test_every_tensor_has_the_statistics_of_hugging_faces(tied: bool) -> None:
 
 def test_the_fused_qkv_is_not_ones_and_the_norms_are() -> None:
     model = tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference")
-    fused = model.model.layers[0].self_attention.layernorm_qkv
+    fused = model.model.layers[0].self_attn.qkv
     assert float(fused.weight.detach().std()) == pytest.approx(0.05, rel=0.03)
-    assert torch.equal(fused.layer_norm_weight, torch.ones(256))
+    assert torch.equal(fused.layernorm_weight, torch.ones(256))
 
 
 def test_seeds_decide_the_weights_and_layers_differ() -> None:
     def made(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         model = tepatch.build("llama", LlamaConfig(**CONFIG), backend="reference")
-        return torch.stack([layer.layernorm_mlp.fc2_weight.detach() for layer in model.model.layers])
+        return torch.stack([layer.mlp.fc2_weight.detach() for layer in model.model.layers])
 
     assert torch.equal(made(1), made(1))
     assert not torch.equal(made(1), made(2))

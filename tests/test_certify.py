@@ -428,7 +428,7 @@ def test_one_changed_bit_is_found_and_its_tensor_named(to: str, small: Make) -> 
     source = small()
     made = converted(source, "made") if to == "te" else converted(converted(source, "te"), "made")
     path = next(made.glob("*.safetensors"))
-    name = "model.layers.1.self_attention.layernorm_qkv.weight" if to == "te" else Q.format(1)
+    name = "model.layers.1.self_attn.qkv.weight" if to == "te" else Q.format(1)
     flip(path, place_of(path, name)[0] + 5)
     assert failed(proof(source, made)) == {Q.format(1): "differs"}
 
@@ -637,7 +637,7 @@ def test_a_mapping_that_puts_tensors_in_the_wrong_place_shows_in_the_logits_only
     mapping = tmp_path / "swapped.yaml"
     mapping.write_text(
         "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
-        "    layernorm_mlp.fc1_weight: {concat: [mlp.up_proj.weight, mlp.gate_proj.weight]}\n"
+        "    mlp.fc1_weight: {concat: [mlp.up_proj.weight, mlp.gate_proj.weight]}\n"
     )
     source = small()
     te = converted(source, "te", mapping=mapping)

@@ -91,12 +91,12 @@ version: 1
 extends: tepatch_llama:llama.tepatch.yaml
 parameters:
   model.layers.{layer}:
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.weight:
       interleave: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       over: num_key_value_heads
       sizes: [num_attention_heads // num_key_value_heads * d, d, d]
-    self_attention.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
-    layernorm_mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
+    self_attn.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
+    mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
 """
 
 
@@ -130,7 +130,7 @@ def test_what_has_to_be_put_together_comes_back(
 ) -> None:
     folder = save_checkpoint(tiny_llama(), shards=3)
     assert_there_and_back(folder, mapping=interleaved)
-    fused = tensors_in(tmp_path / "te")["model.layers.1.layernorm_mlp.fc1_weight"]
+    fused = tensors_in(tmp_path / "te")["model.layers.1.mlp.fc1_weight"]
     assert torch.equal(fused[1::2], tensors_in(folder)["model.layers.1.mlp.up_proj.weight"])
 
 
@@ -388,7 +388,7 @@ def test_another_wording_of_the_mapping_is_no_other_layout(
     tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
 ) -> None:
     folder = save_checkpoint(tiny_llama())
-    text = mapping_text().replace("layernorm_mlp.fc2_weight: mlp.", "layernorm_mlp.fc2_weight: {of: mlp.")
+    text = mapping_text().replace("mlp.fc2_weight: mlp.", "mlp.fc2_weight: {of: mlp.")
     text = text.replace("{of: mlp.down_proj.weight", "{of: mlp.down_proj.weight}")
     assert text != mapping_text()
     (tmp_path / "worded.yaml").write_text(f"# a comment\n{text}")
@@ -551,13 +551,13 @@ def test_tensors_that_do_not_fit_the_manifest_are_named(converted: Path, tmp_pat
     tensors = load_file(converted / "tepatch.safetensors")
     tensors["stray"] = torch.zeros(1)
     tensors["model.norm.weight"] = torch.zeros(65)
-    del tensors["model.layers.1.layernorm_mlp.fc1_weight"]
+    del tensors["model.layers.1.mlp.fc1_weight"]
     save_file(tensors, converted / "tepatch.safetensors")
     with pytest.raises(PlanError) as caught:
         load(converted)
     text = str(caught.value)
     assert "parameters without a tensor (1)" in text
-    for name in ("stray", "model.norm.weight", "model.layers.1.layernorm_mlp.fc1_weight"):
+    for name in ("stray", "model.norm.weight", "model.layers.1.mlp.fc1_weight"):
         assert name in text
     assert len(caught.value.problems) == 3
 

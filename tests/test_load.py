@@ -474,7 +474,7 @@ def test_weights_beside_a_computed_buffer_are_not_initialised_again(tiny_llama: 
     embedding = model.model.embed_tokens
     before = embedding.weight.detach().clone()
     model._init_weights(embedding)
-    model._init_weights(model.model.layers[0].self_attention.layernorm_qkv)
+    model._init_weights(model.model.layers[0].self_attn.qkv)
     compute_buffers(model, torch.device("cpu"))
     assert torch.equal(embedding.weight, before)
-    assert float(model.model.layers[0].self_attention.layernorm_qkv.weight.detach().std()) > 0.05
+    assert float(model.model.layers[0].self_attn.qkv.weight.detach().std()) > 0.05

@@ -115,15 +115,15 @@ def test_what_the_mapping_ignores_does_not_come_back(tiny_llama: Make, save_chec
 
 MAPPINGS = {
     "interleaved, transposed, dealt out": """
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.weight:
       interleave: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       over: num_key_value_heads
       sizes: [num_attention_heads // num_key_value_heads * d, d, d]
-    self_attention.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
-    layernorm_mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
+    self_attn.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
+    mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
 """,
     "one of two spellings": """
-    layernorm_mlp.fc1_weight:
+    mlp.fc1_weight:
       any_of: [mlp.gate_up.weight, {concat: [mlp.gate_proj.weight, mlp.up_proj.weight]}]
 """,
 }
@@ -193,8 +193,8 @@ def test_without_a_dtype_parameters_are_written_in_their_own(
 def test_a_value_that_float16_can_not_hold_is_an_error(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
     model = load(save_checkpoint(tiny_llama()))
     with torch.no_grad():
-        model.model.layers[1].layernorm_mlp.fc1_weight[100, 3] = 1e6  # rows from 96 on are up's
-    with pytest.raises(SaveError, match=r"layers\.1\.layernorm_mlp\.fc1_weight: values that float16 can not hold"):
+        model.model.layers[1].mlp.fc1_weight[100, 3] = 1e6  # rows from 96 on are up's
+    with pytest.raises(SaveError, match=r"layers\.1\.mlp\.fc1_weight: values that float16 can not hold"):
         tepatch.save(model, tmp_path / "saved", dtype="float16")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint"]
 
@@ -290,8 +290,8 @@ def test_extra_state_is_never_written(tiny_llama: Make, save_checkpoint: Save, t
     stock = tiny_llama()
     model = load(save_checkpoint(stock))
     for layer in model.model.layers:
-        layer.layernorm_mlp.add_module("recipe", WithState())
-    assert "layernorm_mlp.recipe._extra_state" in model.model.layers[0].state_dict()
+        layer.mlp.add_module("recipe", WithState())
+    assert "mlp.recipe._extra_state" in model.model.layers[0].state_dict()
     tepatch.save(model, tmp_path / "saved")
     assert_equal(tensors_in(tmp_path / "saved"), stock.state_dict())
 
@@ -358,9 +358,9 @@ def test_a_narrower_mlp_is_saved_when_the_config_says_so(
     stock = tiny_llama()
     model = load(save_checkpoint(stock))
     for layer, theirs in zip(model.model.layers, stock.model.layers, strict=True):
-        gate, up = layer.layernorm_mlp.fc1_weight.detach().split(96)
-        layer.layernorm_mlp.fc1_weight = nn.Parameter(torch.cat([gate[:80], up[:80]]))
-        layer.layernorm_mlp.fc2_weight = nn.Parameter(layer.layernorm_mlp.fc2_weight[:, :80].detach())  # has strides
+        gate, up = layer.mlp.fc1_weight.detach().split(96)
+        layer.mlp.fc1_weight = nn.Parameter(torch.cat([gate[:80], up[:80]]))
+        layer.mlp.fc2_weight = nn.Parameter(layer.mlp.fc2_weight[:, :80].detach())  # has strides
         for part in (theirs.mlp.gate_proj, theirs.mlp.up_proj):
             part.weight = nn.Parameter(part.weight[:80].detach())
         theirs.mlp.down_proj.weight = nn.Parameter(theirs.mlp.down_proj.weight[:, :80].detach())
@@ -381,7 +381,7 @@ def promise_a_layer(model: Any) -> None:
 
 
 def replace_mlp(model: Any) -> None:
-    model.model.layers[1].layernorm_mlp = nn.Identity()
+    model.model.layers[1].mlp = nn.Identity()
 
 
 def add_parameters(model: Any) -> None:
@@ -401,9 +401,9 @@ def untie(model: Any) -> None:
 
 
 CHANGES: dict[Callable[[Any], None], str] = {
-    remove_layer: r"model\.layers\.2\.self_attention\.proj\.weight",
-    promise_a_layer: r"model\.layers\.3\.self_attention\.proj\.weight",
-    replace_mlp: r"model\.layers\.1\.layernorm_mlp\.fc1_weight",
+    remove_layer: r"model\.layers\.2\.self_attn\.proj\.weight",
+    promise_a_layer: r"model\.layers\.3\.self_attn\.proj\.weight",
+    replace_mlp: r"model\.layers\.1\.mlp\.fc1_weight",
     add_parameters: r"value_head\.weight",
     widen_embedding: r"model\.embed_tokens\.weight: has another shape(.*\n)*.*\[128, 64\]\n.*\[130, 64\]",
     tie_unasked: r"lm_head\.weight",
@@ -435,7 +435,7 @@ def padded(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> tuple[Pat
         "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n"
         "  model.embed_tokens.weight: {of: model.embed_tokens.weight, pad: {size: vocab_size - 8}}\n"
         "  lm_head.weight: {of: lm_head.weight, pad: {size: vocab_size - 8, value: 3}}\n"
-        "  model.layers.{layer}:\n    layernorm_mlp.fc1_bias: {create: 0}\n    layernorm_mlp.fc2_bias: {create: 0}\n"
+        "  model.layers.{layer}:\n    mlp.fc1_bias: {create: 0}\n    mlp.fc2_bias: {create: 0}\n"
     )
     return folder, load(folder, mapping=mapping, config=config)
 
@@ -446,13 +446,13 @@ def test_constants_are_left_out_and_a_changed_one_is_named(padded: tuple[Path, A
     assert_equal(tensors_in(tmp_path / "saved"), tensors_in(folder))
     with torch.no_grad():
         model.lm_head.weight[127] += 1  # the last row that the checkpoint has
-        model.model.layers[1].layernorm_mlp.fc2_bias[5] = 0.5
+        model.model.layers[1].mlp.fc2_bias[5] = 0.5
         model.lm_head.weight[135, 63] = 2
     with pytest.raises(SaveError) as caught:
         tepatch.save(model, tmp_path / "again")
     (problem,) = caught.value.problems
     assert len(problem.details) == 2
-    assert "model.layers.1.layernorm_mlp.fc2_bias: 0.0 expected, values from 0.0 to 0.5" in problem.details
+    assert "model.layers.1.mlp.fc2_bias: 0.0 expected, values from 0.0 to 0.5" in problem.details
     assert "lm_head.weight: 3.0 expected, values from 2.0 to 3.0" in problem.details
     assert not [name for name in os.listdir(tmp_path) if "again" in name]
 
@@ -518,10 +518,8 @@ def test_the_model_inside_the_patched_one_is_refused(tiny_llama: Make, save_chec
 
 def test_parameters_without_values_are_named(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
     model = load(save_checkpoint(tiny_llama()))
-    model.model.layers[1].layernorm_mlp.to("meta")
-    with pytest.raises(
-        SaveError, match=r"on the meta device \(3\)(.*\n)*  model\.layers\.1\.layernorm_mlp\.fc1_weight"
-    ):
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(SaveError, match=r"on the meta device \(3\)(.*\n)*  model\.layers\.1\.mlp\.fc1_weight"):
         tepatch.save(model, tmp_path / "saved")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint"]
 
@@ -600,7 +598,7 @@ def test_overwrite_replaces_the_folder_as_a_whole(tiny_llama: Make, save_checkpo
     before = bytes_in(tmp_path)
     with pytest.raises(SaveError, match=r"exists(.*\n)*.*overwrite=True"):
         tepatch.save(model, tmp_path / "saved")
-    model.model.layers[1].layernorm_mlp.to("meta")
+    model.model.layers[1].mlp.to("meta")
     with pytest.raises(SaveError, match="meta device"):  # what stood there stays until the end
         tepatch.save(model, tmp_path / "saved", overwrite=True)
     assert bytes_in(tmp_path) == before

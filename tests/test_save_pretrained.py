@@ -92,12 +92,12 @@ version: 1
 extends: tepatch_llama:llama.tepatch.yaml
 parameters:
   model.layers.{layer}:
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.weight:
       interleave: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       over: num_key_value_heads
       sizes: [num_attention_heads // num_key_value_heads * d, d, d]
-    self_attention.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
-    layernorm_mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
+    self_attn.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
+    mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
 """)
     stock = tiny_llama()
     model = load(save_checkpoint(stock), mapping=tmp_path / "mine.yaml")
@@ -161,10 +161,10 @@ def test_what_training_changed_is_saved(tiny_llama: Make, save_checkpoint: Save,
     with torch.no_grad():
         for mine, theirs in zip(model.model.layers, stock.model.layers, strict=True):
             factors = torch.arange(1.0, 193.0).view(-1, 1)
-            mine.layernorm_mlp.fc1_weight.mul_(factors)
+            mine.mlp.fc1_weight.mul_(factors)
             theirs.mlp.gate_proj.weight.mul_(factors[:96])
             theirs.mlp.up_proj.weight.mul_(factors[96:])
-            mine.self_attention.layernorm_qkv.weight.mul_(factors[:128])
+            mine.self_attn.qkv.weight.mul_(factors[:128])
             for part, rows in (("q", slice(0, 64)), ("k", slice(64, 96)), ("v", slice(96, 128))):
                 getattr(theirs.self_attn, f"{part}_proj").weight.mul_(factors[rows])
     model.save_pretrained(tmp_path / "saved")
@@ -175,7 +175,7 @@ def test_copies_save_themselves(tiny_llama: Make, save_checkpoint: Save, tmp_pat
     model = load(save_checkpoint(tiny_llama()))
     for index, each in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
         with torch.no_grad():
-            each.model.layers[0].layernorm_mlp.fc1_weight.fill_(index + 1)
+            each.model.layers[0].mlp.fc1_weight.fill_(index + 1)
         each.save_pretrained(tmp_path / str(index))
         assert (tensors_in(tmp_path / str(index))["model.layers.0.mlp.up_proj.weight"] == index + 1).all()
 
@@ -211,7 +211,7 @@ def test_a_state_dict_that_is_passed_is_saved_whichever_names_it_has(
     model.save_pretrained(tmp_path / "saved", True, dict(given) | {"model.layers.0.gate._extra_state": b"a pickle"})
     found = tensors_in(tmp_path / "saved")
     assert found.keys() == model.state_dict().keys()
-    fc1 = "model.layers.1.layernorm_mlp.fc1_weight" if own else "model.layers.1.mlp.up_proj.weight"
+    fc1 = "model.layers.1.mlp.fc1_weight" if own else "model.layers.1.mlp.up_proj.weight"
     assert found["model.layers.1.mlp.up_proj.weight"].unique().equal(given[fc1].unique())
     assert given.keys() == kept
 
@@ -227,8 +227,8 @@ def test_a_part_of_a_state_dict_is_saved_as_a_part(tiny_llama: Make, save_checkp
 
 def test_names_that_nobody_could_load_are_not_written(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> None:
     model = load(save_checkpoint(tiny_llama()))
-    cut = {f"model.layers.{n}.layernorm_mlp.fc1_weight": torch.zeros(0) for n in range(3)}
-    with pytest.raises(PlanError, match=r"model\.layers\.\{0\.\.2\}\.layernorm_mlp\.fc1_weight") as caught:
+    cut = {f"model.layers.{n}.mlp.fc1_weight": torch.zeros(0) for n in range(3)}
+    with pytest.raises(PlanError, match=r"model\.layers\.\{0\.\.2\}\.mlp\.fc1_weight") as caught:
         model.save_pretrained(tmp_path / "saved", state_dict=cut)
     assert "Tensor [0]" in str(caught.value)
     assert not (tmp_path / "saved").exists()
@@ -242,18 +242,18 @@ def remove_layers(model: Any) -> None:
 
 
 def replace_mlp(model: Any) -> None:
-    model.model.layers[1].layernorm_mlp = nn.Identity()
-    model.model.layers[2].layernorm_mlp = nn.Identity()
+    model.model.layers[1].mlp = nn.Identity()
+    model.model.layers[2].mlp = nn.Identity()
 
 
 def cut_fc1(model: Any) -> None:
     for layer in model.model.layers:
-        layer.layernorm_mlp.fc1_weight = nn.Parameter(torch.zeros(100, 64))
+        layer.mlp.fc1_weight = nn.Parameter(torch.zeros(100, 64))
 
 
 CHANGES: dict[Callable[[Any], None], str] = {
-    remove_layers: r"model\.layers\.\{1,?\.?\.?2\}\.self_attention\.proj\.weight",
-    replace_mlp: r"model\.layers\.\{1\.?\.?,?2\}\.layernorm_mlp\.fc1_weight",
+    remove_layers: r"model\.layers\.\{1,?\.?\.?2\}\.self_attn\.proj\.weight",
+    replace_mlp: r"model\.layers\.\{1\.?\.?,?2\}\.mlp\.fc1_weight",
     cut_fc1: r"model\.layers\.2\.mlp\.gate_proj\.weight: has another shape",
 }
 
@@ -278,8 +278,8 @@ version: 1
 extends: tepatch_llama:llama.tepatch.yaml
 parameters:
   model.layers.{layer}:
-    layernorm_mlp.fc1_bias: {create: 0}
-    layernorm_mlp.fc2_bias: {create: 0}
+    mlp.fc1_bias: {create: 0}
+    mlp.fc2_bias: {create: 0}
 """)
     stock = tiny_llama()
     folder = save_checkpoint(stock)
@@ -289,8 +289,8 @@ parameters:
     model.save_pretrained(tmp_path / "saved")
     assert_equal(tensors_in(tmp_path / "saved"), tensors_in(folder))
     with torch.no_grad():
-        model.model.layers[1].layernorm_mlp.fc2_bias[5] = 0.5
-    with pytest.raises(SaveError, match=r"model\.layers\.1\.layernorm_mlp\.fc2_bias"):
+        model.model.layers[1].mlp.fc2_bias[5] = 0.5
+    with pytest.raises(SaveError, match=r"model\.layers\.1\.mlp\.fc2_bias"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -29,20 +29,20 @@ LAYOUTS = {
     "fused": "",
     "interleaved": """
   model.layers.{layer}:
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.weight:
       interleave: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       over: num_key_value_heads
       sizes: [num_attention_heads // num_key_value_heads * d, d, d]
-    layernorm_mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
+    mlp.fc1_weight: {interleave: [mlp.gate_proj.weight, mlp.up_proj.weight], block: 1}
 """,
     "transposed": """
   model.layers.{layer}:
-    self_attention.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
+    self_attn.proj.weight: {of: self_attn.o_proj.weight, transpose: true}
 """,
     "scaled": """
   model.norm.weight: {of: model.norm.weight, offset: 1}
   model.layers.{layer}:
-    self_attention.layernorm_qkv.layer_norm_weight: {of: input_layernorm.weight, scale: 2, offset: 1}
+    self_attn.qkv.layernorm_weight: {of: input_layernorm.weight, scale: 2, offset: 1}
 """,
     "crossed": """
   model.embed_tokens.weight: lm_head.weight
@@ -115,9 +115,9 @@ def test_tensors_share_memory_with_the_parameters_and_storages_with_nobody(load:
     assert len(storages) == len(found)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
     assert not any(tensor.requires_grad for tensor in found.values())
-    before = model.model.layers[1].layernorm_mlp.fc1_weight.detach().clone()
+    before = model.model.layers[1].mlp.fc1_weight.detach().clone()
     found["model.layers.1.mlp.up_proj.weight"].add_(1)
-    after = model.model.layers[1].layernorm_mlp.fc1_weight.detach()
+    after = model.model.layers[1].mlp.fc1_weight.detach()
     assert torch.equal(after[:96], before[:96])
     assert torch.equal(after[96:], before[96:] + 1)
 
@@ -129,8 +129,8 @@ def test_strided_views_share_memory_too_and_what_is_no_view_is_a_copy(load: Load
     up = found["model.layers.0.mlp.up_proj.weight"]
     assert up.stride() == (128, 1)
     up.zero_()
-    assert not model.model.layers[0].layernorm_mlp.fc1_weight[1::2].any()
-    assert model.model.layers[0].layernorm_mlp.fc1_weight[0::2].all()
+    assert not model.model.layers[0].mlp.fc1_weight[1::2].any()
+    assert model.model.layers[0].mlp.fc1_weight[0::2].all()
     assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(found)
     _, model = load("transposed")
     assert model.state_dict()["model.layers.0.self_attn.o_proj.weight"].stride() == (1, 64)
@@ -188,13 +188,11 @@ def test_with_keep_vars_gradients_flow_through_the_views(load: Load) -> None:
         )
         (norm.sum() * 3 + up.sum() * 5 + q.sum() * 7).backward()
         layer = model.model.layers[0]
-        gradient = layer.layernorm_mlp.fc1_weight.grad
+        gradient = layer.mlp.fc1_weight.grad
         assert gradient.sum() == 5 * up.numel()
         assert set(gradient.unique().tolist()) == {0.0, 5.0}
-        assert layer.self_attention.layernorm_qkv.weight.grad.sum() == 7 * q.numel()
-        assert set(layer.self_attention.layernorm_qkv.layer_norm_weight.grad.tolist()) == {
-            1.5 if layout == "scaled" else 3.0
-        }
+        assert layer.self_attn.qkv.weight.grad.sum() == 7 * q.numel()
+        assert set(layer.self_attn.qkv.layernorm_weight.grad.tolist()) == {1.5 if layout == "scaled" else 3.0}
 
 
 def test_parameters_have_their_own_names_on_demand_in_this_context_only(load: Load) -> None:
@@ -214,18 +212,18 @@ def test_parameters_have_their_own_names_on_demand_in_this_context_only(load: Lo
 def test_what_the_plan_can_not_translate_keeps_its_own_name(load: Load) -> None:
     stock, model = load()
     model.add_module("value_head", nn.Linear(64, 1))
-    model.model.layers[1].layernorm_mlp.fc1_weight = nn.Parameter(torch.zeros(10, 64))
-    model.model.layers[2].layernorm_mlp = nn.Identity()
+    model.model.layers[1].mlp.fc1_weight = nn.Parameter(torch.zeros(10, 64))
+    model.model.layers[2].mlp = nn.Identity()
     found = set(model.state_dict())
     gone = {f"model.layers.{n}.mlp.{part}_proj.weight" for n in (1, 2) for part in ("gate", "up")}
     gone |= {"model.layers.2.mlp.down_proj.weight", "model.layers.2.post_attention_layernorm.weight"}
-    added = {"value_head.weight", "value_head.bias", "model.layers.1.layernorm_mlp.fc1_weight"}
+    added = {"value_head.weight", "value_head.bias", "model.layers.1.mlp.fc1_weight"}
     assert found == set(stock.state_dict()) - gone | added
 
 
 def test_two_tensors_of_one_name_are_an_error(load: Load) -> None:
     _, model = load()
-    model.model.layers[0].mlp = nn.ModuleDict({"up_proj": nn.Linear(2, 2)})
+    model.model.layers[0].mlp.up_proj = nn.Linear(2, 2)
     with pytest.raises(PlanError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
         model.state_dict()
 
@@ -249,7 +247,7 @@ def test_a_meta_model_gives_meta_tensors_of_the_checkpoints_shapes(load: Load) -
 
 def test_a_parameter_that_is_not_contiguous_is_given_in_order(load: Load) -> None:
     stock, model = load()
-    fc1 = model.model.layers[0].layernorm_mlp.fc1_weight
+    fc1 = model.model.layers[0].mlp.fc1_weight
     fc1.data = fc1.data.t().contiguous().t()
     assert not fc1.is_contiguous()
     assert_equal(model.state_dict(), stock.state_dict())
@@ -283,7 +281,7 @@ class Halved(torch.Tensor):
 
 def test_a_quantized_parameter_is_dequantized_and_filled_whole(load: Load) -> None:
     stock, model = load()
-    mlp = model.model.layers[0].layernorm_mlp
+    mlp = model.model.layers[0].mlp
     mlp.fc1_weight = nn.Parameter(Halved(mlp.fc1_weight.detach() / 2), requires_grad=False)
     assert_equal(model.state_dict(), stock.state_dict())
     up = {"model.layers.0.mlp.up_proj.weight": torch.full((96, 64), 6.0)}
@@ -301,12 +299,12 @@ def test_a_sharded_parameter_keeps_its_own_name(load: Load) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         stock, model = load()
-        mlp = model.model.layers[0].layernorm_mlp
+        mlp = model.model.layers[0].mlp
         mesh = DeviceMesh("cpu", [0])
         mlp.fc1_weight = nn.Parameter(DTensor.from_local(mlp.fc1_weight.detach(), mesh, [Replicate()]))
         parts = {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")}
-        assert set(model.state_dict()) == set(stock.state_dict()) - parts | {"model.layers.0.layernorm_mlp.fc1_weight"}
-        with pytest.raises(RuntimeError, match=r"layers\.0\.layernorm_mlp\.fc1_weight is a DTensor.*own name"):
+        assert set(model.state_dict()) == set(stock.state_dict()) - parts | {"model.layers.0.mlp.fc1_weight"}
+        with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.fc1_weight is a DTensor.*own name"):
             model.load_state_dict(stock.state_dict())
         model.load_state_dict(model.state_dict())
         with pytest.raises(PlanError, match=r"found:    DTensor \[192, 64\]"):
@@ -354,7 +352,7 @@ def test_values_are_converted_as_loading_converts_them(load: Load) -> None:
     new = other(stock.state_dict())
     model.load_state_dict(new)
     expected = (new["model.layers.2.input_layernorm.weight"].double() * 2 + 1).float()
-    assert torch.equal(layer.self_attention.layernorm_qkv.layer_norm_weight, expected)
+    assert torch.equal(layer.self_attn.qkv.layernorm_weight, expected)
     assert torch.equal(model.model.norm.weight, (new["model.norm.weight"].double() + 1).float())
 
 
@@ -366,7 +364,7 @@ def test_a_name_that_is_in_both_languages_means_what_the_rest_of_the_dict_means(
     gate = {"model.layers.0.mlp.gate_proj.weight": torch.ones(96, 64)}
     model.load_state_dict(ones | gate, strict=False)
     assert torch.equal(model.model.norm.weight, torch.full((64,), 2.0))
-    own = {"model.layers.0.layernorm_mlp.fc1_weight": torch.ones(192, 64)}
+    own = {"model.layers.0.mlp.fc1_weight": torch.ones(192, 64)}
     model.load_state_dict(ones | own, strict=False)
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     three = {"model.norm.weight": torch.full((64,), 3.0)}
@@ -403,7 +401,7 @@ def test_what_is_missing_and_unexpected_is_told_in_hugging_faces_names(load: Loa
     text = str(caught.value)
     assert 'Missing key(s) in state_dict: "model.layers.1.self_attn.k_proj.weight", "model.norm.weight". ' in text
     assert '"model.layers.0.self_attn.extra.weight"' in text
-    assert "layernorm_qkv" not in text
+    assert "qkv" not in text
     assert set(model.load_state_dict({}, strict=False).missing_keys) == set(stock.state_dict())
 
 
@@ -414,7 +412,7 @@ def test_what_is_missing_of_a_dict_in_own_names_is_told_in_those(load: Load) -> 
     dropped = [name for name in own if name.startswith("model.layers.1.")]
     given = {name: tensor for name, tensor in own.items() if name not in dropped}
     assert model.load_state_dict(given, strict=False) == (dropped, [])
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\).*"model\.layers\.1\.self_attention\.proj\.weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\).*"model\.layers\.1\.self_attn\.proj\.weight"'):
         model.load_state_dict(given)
 
 
@@ -437,16 +435,16 @@ def test_a_wrong_shape_is_told_in_torchs_words_and_nothing_of_it_copied(load: Lo
 
 def test_a_parameter_and_one_of_its_parts_in_one_dict_are_an_error(load: Load) -> None:
     stock, model = load()
-    own = "model.layers.1.layernorm_mlp.fc1_weight"
+    own = "model.layers.1.mlp.fc1_weight"
     part = "model.layers.1.mlp.up_proj.weight"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r'"model\.layers\.1\.mlp\.up_proj\.weight" and "model\.layers\.1\.layer'):
+    with pytest.raises(RuntimeError, match=r'"model\.layers\.1\.mlp\.up_proj\.weight" and "model\.layers\.1\.mlp\.fc1'):
         model.load_state_dict({own: torch.zeros(192, 64), part: torch.zeros(96, 64)}, strict=False)
     assert_equal(model.state_dict(), before)
     mixed = other(stock.state_dict())
     fc1 = torch.cat([mixed.pop(part.replace("up", "gate")), mixed.pop(part)])
     assert model.load_state_dict(mixed | {own: fc1}) == ([], []), "other parameters may have other names"
-    assert torch.equal(model.model.layers[1].layernorm_mlp.fc1_weight, fc1)
+    assert torch.equal(model.model.layers[1].mlp.fc1_weight, fc1)
     assert torch.equal(model.state_dict()["model.layers.0.mlp.up_proj.weight"], mixed[part.replace("1", "0", 1)])
 
 
@@ -475,7 +473,7 @@ def test_a_tensor_is_cast_and_one_that_float16_can_not_hold_is_an_error(load: Lo
 
 def test_gradients_and_the_parameters_identity_survive(load: Load) -> None:
     stock, model = load()
-    frozen = model.model.layers[0].layernorm_mlp.fc2_weight.requires_grad_(False)
+    frozen = model.model.layers[0].mlp.fc2_weight.requires_grad_(False)
     before = dict(model.named_parameters())
     given = {name: nn.Parameter(tensor) for name, tensor in other(stock.state_dict()).items()}
     model.load_state_dict(given)
@@ -512,7 +510,7 @@ def test_a_meta_model_takes_tensors_by_assign(load: Load) -> None:
     assert model.load_state_dict(new, assign=True) == ([], [])
     assert_equal(model.state_dict(), new)
     assert model.lm_head.weight.data_ptr() == new["lm_head.weight"].data_ptr()
-    norm = model.model.layers[0].self_attention.layernorm_qkv.layer_norm_weight
+    norm = model.model.layers[0].self_attn.qkv.layernorm_weight
     assert norm.data_ptr() == new["model.layers.0.input_layernorm.weight"].data_ptr(), "nothing to put together"
 
 
@@ -559,9 +557,9 @@ def test_extra_state_is_neither_given_nor_read_nor_missed(load: Load) -> None:
 def test_a_wrapped_layer_is_taken_as_it_is_given(load: Load) -> None:
     _, model = load()
     layer = model.model.layers[1]
-    layer.layernorm_mlp = nn.Sequential(layer.layernorm_mlp)
+    layer.mlp = nn.Sequential(layer.mlp)
     given = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
-    assert "model.layers.1.layernorm_mlp.0.fc1_weight" in given
+    assert "model.layers.1.mlp.0.fc1_weight" in given
     assert model.load_state_dict(given) == ([], [])
     assert all(bool((parameter == 0.5).all()) for parameter in model.parameters())
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"model\.layers\.1\.mlp\.up_proj\.weight"'):
@@ -605,7 +603,7 @@ def padded(tiny_llama: Make, save_checkpoint: Save, tmp_path: Path) -> tuple[Any
         HEAD
         + "  model.embed_tokens.weight: {of: model.embed_tokens.weight, pad: {size: vocab_size - 8}}\n"
         + "  lm_head.weight: {of: lm_head.weight, pad: {size: vocab_size - 8, value: 3}}\n"
-        + "  model.layers.{layer}:\n    layernorm_mlp.fc1_bias: {create: 0}\n    layernorm_mlp.fc2_bias: {create: 0}\n"
+        + "  model.layers.{layer}:\n    mlp.fc1_bias: {create: 0}\n    mlp.fc2_bias: {create: 0}\n"
     )
     return stock, tepatch.load("llama", folder, backend="reference", mapping=mapping, config=config)
 

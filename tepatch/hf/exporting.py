@@ -6,14 +6,17 @@ the config is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from tepatch.assembly import same_bits
 from tepatch.errors import PlanError, Problem, SaveError
 from tepatch.hf.config import ConfigFields
 from tepatch.hf.model import build_on_meta, target_specs
+from tepatch.hf.placement import offloaded
 from tepatch.mapping import Plan, Spec, make_export_plan
 from tepatch.mapping.names import fold
 from tepatch.report import Report
@@ -34,6 +37,7 @@ def export_plan(model: PreTrainedModel, *, dtype: str = "") -> Plan:
     """
     report = report_of(model)
     targets, ties = target_specs(model, None)
+    _tie_again(model, report.plan, targets, ties)
     try:
         plan = make_export_plan(
             report.rules,
@@ -51,15 +55,15 @@ def export_plan(model: PreTrainedModel, *, dtype: str = "") -> Plan:
     return plan.reverse()
 
 
-def check_present(tensors: Mapping[str, torch.Tensor], plan: Plan) -> None:
-    """Raise ``SaveError`` naming the parameters that have no values: they are on the meta device."""
-    if absent := [name for name in plan.reads if tensors[name].is_meta]:
+def check_present(tensors: Mapping[str, torch.Tensor], plan: Plan, offloaded: Container[str]) -> None:
+    """Raise ``SaveError`` naming the parameters that have no values: on the meta device, and not ``offloaded``."""
+    if absent := [name for name in plan.reads if tensors[name].is_meta and name not in offloaded]:
         raise SaveError(
             Problem(
                 where="model",
                 what=f"parameters are on the meta device ({len(absent)}): they have no values",
                 details=tuple(fold(absent, 12)),
-                fix="load the model, or bring offloaded parameters back first",
+                fix="load the model; parameters that were offloaded, and not by accelerate's hooks, bring back first",
             )
         )
 
@@ -82,6 +86,16 @@ def report_of(model: object) -> Report:
             else "save it with its own save_pretrained",
         )
     )
+
+
+def _tie_again(model: nn.Module, before: Plan, targets: dict[str, Spec], ties: dict[str, str]) -> None:
+    """Offloading makes two parameters of a tied one, on the meta device: what is kept of them tells that it is one."""
+    tied = {name: entry.tied_to for name, entry in before.targets.items() if entry.state == "tied" and name in targets}
+    away = offloaded(model) if tied else {}
+    for name, first in tied.items():
+        if name in away and first in away and same_bits(away[name](), away[first]()):
+            del targets[name]
+            ties[name] = first
 
 
 def _changes(before: Plan, now: Mapping[str, Spec]) -> Iterator[Problem]:

@@ -6,11 +6,13 @@ that no element ever has two names. A tensor that is the same on both sides need
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +28,14 @@ from tepatch.mapping.views import Pair, source_strides
 
 own_names: ContextVar[bool] = ContextVar("own_names", default=False)
 """Whether state dicts are given and taken in the parameters' own names."""
+_LOOK_UP = (
+    "accelerate.big_modeling",
+    "accelerate.utils.fsdp_utils",
+    "accelerate.utils.modeling.check_device_map",
+    "torch.distributed.checkpoint.state_dict",
+)
+"""Modules and functions that ask for a state dict to find the model's parameters by the names in it."""
+_INSIDE_STATE_DICT = ("tepatch.hf.", "torch.nn.modules.module")
 
 
 @contextmanager
@@ -40,6 +50,29 @@ def patched_names() -> Iterator[None]:
         yield
     finally:
         own_names.reset(token)
+
+
+def gives_own_names() -> bool:
+    """Whether the state dict that is being made is to have the parameters' own names.
+
+    Beside ``patched_names``, that is for accelerate's ``dispatch_model``, ``cpu_offload`` and ``disk_offload``, whose
+    hooks look in it for the parameters of their modules, and for what accelerate does for FSDP and
+    ``torch.distributed.checkpoint.state_dict``, which look up each name in the model. Nothing but the caller tells
+    them from those who save.
+    """
+    if own_names.get():
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _module_of(frame).startswith(_INSIDE_STATE_DICT):
+        frame = frame.f_back
+    if frame is None:
+        return False
+    module = _module_of(frame)
+    return module in _LOOK_UP or f"{module}.{frame.f_code.co_name}" in _LOOK_UP
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +169,6 @@ def is_whole(plan: Plan, copy: Copy) -> bool:
 def is_extra_state(key: str, prefix: str) -> bool:
     """Whether ``key`` is Transformer Engine's state of a module below ``prefix``."""
     return key.startswith(prefix) and key.rpartition(".")[2] == EXTRA_STATE
-
-
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by every name that they have."""
-    out = dict[str, torch.Tensor](module.named_parameters(remove_duplicate=False))
-    out.update(module.named_buffers(remove_duplicate=False))
-    return out
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor | None:

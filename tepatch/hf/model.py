@@ -21,6 +21,7 @@ from torch import nn
 from tepatch.checkpoint import dtype_code
 from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
+from tepatch.hf import attention
 from tepatch.hf.config import told
 from tepatch.mapping.plan import Plan, Spec
 from tepatch.replace import Replacement, replace_layers
@@ -46,8 +47,7 @@ def build_on_meta(
     """
     config = copy.deepcopy(config)
     config.dtype = dtype
-    # The layers understand this implementation's masks: none, or boolean with True where to attend.
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention.NAME
     report: Replacement | None = None
     try:
         with torch.device("meta"), ExitStack() as stack:
@@ -81,7 +81,7 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model).items():
         owner, leaf = _owner(model, name)
         if leaf in owner._non_persistent_buffers_set:
             continue
@@ -98,11 +98,18 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     return specs, ties
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name that they have, wrappers around modules left out of it."""
+    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {without_wrappers(name): tensor for name, tensor in found}
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a module or tensor as if FSDP and checkpointing had put nothing around the modules on its path.
+
+    State dicts leave these parts out too, and wrappers give the attributes of what they wrap.
+    """
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -125,7 +132,7 @@ def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tens
     for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if not buffer.is_meta)):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # its initialiser leaves such tensors alone
     compute_buffers(model, device)
-    left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
+    left = [name for name, tensor in named_tensors(model).items() if tensor.is_meta]
     if left:
         raise LoadError(Problem(where="", what="tensors without values after loading", details=tuple(left[:10])))
     for module in model.modules():
@@ -178,11 +185,13 @@ def is_poisoned(tensor: torch.Tensor) -> bool:
     return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).min).any())
 
 
-def refuse_what_is_gone(model: PreTrainedModel) -> None:
-    """Make the model refuse what replaced layers can not give, where it would silently give nothing or nonsense."""
+def add_hooks(model: PreTrainedModel) -> None:
+    """Make the model refuse what replaced layers can not give, and wait for nothing that needs no waiting for."""
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
+            if any(isinstance(child, nn.ModuleList) for child in module.children()):  # it runs the layers itself
+                module.register_forward_pre_hook(attention.spare_the_question, with_kwargs=True)
 
 
 def finish_loading(model: PreTrainedModel, location: str) -> None:

@@ -12,9 +12,12 @@ import torch
 from tepatch.assembly import check_constants
 from tepatch.checkpoint.manifest import MANIFEST
 from tepatch.errors import PlanError, Problem, SaveError, UnsupportedError
-from tepatch.hf.exporting import check_present, export_plan
-from tepatch.hf.languages import Names, is_extra_state, named_tensors, names_in, patched_names, readable, translate
+from tepatch.hf.exporting import check_present, export_plan, report_of
+from tepatch.hf.languages import Names, is_extra_state, names_in, patched_names, readable, translate
+from tepatch.hf.model import named_tensors
+from tepatch.hf.placement import Readers, offloaded
 from tepatch.mapping.names import fold
+from tepatch.mapping.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,19 +38,49 @@ def save_pretrained(
     """
     if not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are saved
         _refuse_converted_folder(save_directory)
-        plan = export_plan(model)
-        check_present(named_tensors(model), plan)
-        check_constants(plan, partial(_numbers, named_tensors(model)))
-        names = names_in(plan.reverse())
+        plan, away = _plan_for(model, state_dict), offloaded(model)
+        held = named_tensors(model)
         if state_dict is None:
+            check_present(held, plan.reverse(), away)
             with patched_names():
                 state_dict = model.state_dict()
+        state_dict = _brought_back(state_dict, away, plan)
+        check_constants(plan.reverse(), partial(_numbers, {**held, **state_dict}, away))
+        names = names_in(plan)
         state_dict = translated(names, state_dict)
         check_translated(names, state_dict)
     # Our names are a checkpoint's. Transformers takes the names of a state dict for those of its own class in
     # memory, and would turn them into a checkpoint's once more where the two differ (fused experts, prefixes).
     kwargs["save_original_format"] = False
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _plan_for(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> Plan:
+    """The plan for what is saved: for the model as it is now, or by which it was loaded if all of that is given.
+
+    The parameters of a model that is wrapped by ``FullyShardedDataParallel`` say nothing of what is gathered from them.
+    """
+    try:
+        return export_plan(model).reverse()
+    except PlanError:
+        plan = report_of(model).plan
+        if state_dict is None or not _is_all_of(plan, state_dict):
+            raise
+        return plan
+
+
+def _is_all_of(plan: Plan, state_dict: Mapping[str, Any]) -> bool:
+    """Whether these are all tensors that ``plan`` knows on one of its sides, in its shapes, and nothing else."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
+    sides: tuple[Mapping[str, Any], ...] = (plan.targets, plan.sources)
+    for side in sides:
+        needed = {
+            name: entry.shape for name, entry in side.items() if entry.state not in ("tied", "redundant", "ignored")
+        }
+        extra = {name: shape for name, shape in shapes.items() if name not in needed}
+        if needed.items() <= shapes.items() and all(name in plan.targets for name in extra):
+            return True
+    return False
 
 
 def _refuse_converted_folder(folder: str | os.PathLike[str]) -> None:
@@ -79,10 +112,12 @@ def check_translated(names: Names, state_dict: Mapping[str, Any]) -> None:
             Problem(
                 where="save_pretrained",
                 what="parameters that can not be translated into the checkpoint's tensors",
-                details=tuple(fold(left)),
+                details=tuple(fold(left, 12)),
                 expected="all parameters that share a tensor of the checkpoint, whole and in the model's shapes",
                 found=", ".join(kinds[:4]),
-                fix="gather sharded parameters before saving, and leave state_dict out or pass all of it",
+                fix="leave state_dict out or pass all of it; sharded parameters are gathered first, by all processes: "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True, cpu_offload=True))",
             )
         )
 
@@ -98,7 +133,31 @@ def refuse_to_save_a_part(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _numbers(held: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def _brought_back(state_dict: Mapping[str, Any], away: Readers, plan: Plan) -> dict[str, Any]:
+    """``state_dict`` with what is offloaded in the place of tensors on the meta device; tied names share one tensor.
+
+    Raises ``SaveError`` for a tensor on the meta device whose name is not a parameter's.
+    """
+    out = dict(state_dict)
+    absent = [name for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor) and tensor.is_meta]
+    if unknown := [name for name in absent if name not in away]:
+        raise SaveError(
+            Problem(
+                where="state_dict",
+                what=f"tensors are on the meta device ({len(unknown)}): they have no values",
+                details=tuple(fold(unknown, 12)),
+                fix="leave state_dict out: offloaded parameters are then read from where they are",
+            )
+        )
+    for name in absent:
+        first = plan.targets[name].tied_to or name
+        out[name] = out[first] if first != name and first in out and not out[first].is_meta else away[name]()
+    return out
+
+
+def _numbers(held: Mapping[str, torch.Tensor], away: Readers, name: str) -> torch.Tensor:
+    if name in away and held[name].is_meta:
+        return away[name]()
     plain = readable(held[name].detach())
     return held[name] if plain is None else plain
 

@@ -26,9 +26,9 @@ from tepatch.errors import TepatchError
 from tepatch.hf.languages import (
     Group,
     Names,
+    gives_own_names,
     is_extra_state,
     is_whole,
-    named_tensors,
     names_for,
     names_of,
     own_names,
@@ -36,7 +36,7 @@ from tepatch.hf.languages import (
     readable,
     translate,
 )
-from tepatch.hf.model import EXTRA_STATE
+from tepatch.hf.model import EXTRA_STATE, named_tensors, without_wrappers
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
 
@@ -75,7 +75,7 @@ def give_their_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     """
     for key in [key for key in state_dict if is_extra_state(key, prefix)]:
         del state_dict[key]
-    if not own_names.get():
+    if not gives_own_names():
         translate(names_of(module), state_dict, prefix)
 
 
@@ -113,7 +113,7 @@ def take_their_names(
 
 def expect_no_extra_state(module: nn.Module, incompatible: Any) -> None:
     """Hook after ``load_state_dict``: extra state is never taken, and so never missing."""
-    paths = (path for path, child in module.named_modules() if _has_extra_state(child))
+    paths = (without_wrappers(path) for path, child in module.named_modules() if _has_extra_state(child))
     names = tuple(f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE for path in paths)
     ends = tuple(f".{name}" for name in names)  # below a wrapper, whose prefix is not told here
     missing = incompatible.missing_keys

@@ -1,13 +1,14 @@
 """Self-attention as a Hugging Face decoder layer needs it, composed of the backend's modules.
 
-Names inside are those of ``te.TransformerLayer`` (``layernorm_qkv``, ``core_attention``, ``proj``), so that
-checkpoints of other Transformer Engine tools are recognisable. Q, K and V are one parameter, ``[Q; K; V]`` by
-rows: one GEMM, and one tensor that can be quantized whole.
+Names inside are those of ``te.TransformerLayer`` (``core_attention``, ``proj``), but ``qkv`` for its
+``layernorm_qkv``: Hugging Face's Trainer gives no weight decay to what has "layernorm" in its name. Q, K and V are
+one parameter, ``[Q; K; V]`` by rows: one GEMM, and one tensor that can be quantized whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.backend import modules
-from tepatch.te.rope import apply_rotary
+from tepatch.te.rope import take_rows
+from tepatch.te.sequences import Dense, Layout, Masked, Varlen, layout_of, layout_of_positions, packed_layout
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -86,6 +88,7 @@ class SelfAttention(nn.Module):
         proj_bias: bool = False,
         dropout: float = 0.0,
         softmax_scale: float | None = None,
+        window: int | None = None,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -93,7 +96,9 @@ class SelfAttention(nn.Module):
         init_method = normal_init(init_std)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer_idx = layer_idx
-        self.layernorm_qkv = te.LayerNormLinear(
+        self.window = window
+        self.apply_rotary = te.apply_rotary
+        self.qkv = te.LayerNormLinear(
             hidden_size,
             (num_heads + 2 * num_kv_heads) * head_dim,
             eps=norm_eps,
@@ -120,54 +125,162 @@ class SelfAttention(nn.Module):
         *,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Attend causally. ``attention_mask`` is None or boolean ``[b, 1 or h, q, kv]``, True where to attend.
+        """Attend causally, within the sequences that the mask tells.
 
-        ``position_embeddings`` are cos and sin of Hugging Face's rotary module (None: no positions). Raises
-        ``UnsupportedError`` for masks of another form.
+        ``attention_mask`` is one of the forms of ``tepatch.te.sequences.layout_of``. ``position_embeddings`` are cos
+        and sin of Hugging Face's rotary module (None: no positions). ``position_ids`` ``[b or 1, tokens]`` that begin
+        again at 0 where there is no mask are packed sequences, also with a new dynamic cache. Of ``kwargs``,
+        ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (with ``max_length_q`` and ``max_length_k``) tell where packed sequences
+        begin, and the rest does not concern attention. What comes out for padding means nothing.
+
+        Raises ``UnsupportedError`` for a mask of another form, and for packed sequences that do not fit the tokens.
         """
-        batch, tokens, _ = hidden_states.shape
-        qkv = self.layernorm_qkv(hidden_states).view(batch, tokens, -1, self.head_dim)
-        query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        if position_embeddings is not None:
-            cos, sin = position_embeddings
-            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        if past_key_values is not None:
-            # Without a mask the queries are the last of the keys so far; a static cache gives its empty slots too.
-            seen = None
-            if attention_mask is None and tokens > 1:
-                seen = int(past_key_values.get_seq_length(self.layer_idx)) + tokens
+        if past_key_values is None:
+            layout = self._layout(attention_mask, position_ids, hidden_states.shape, None, kwargs)
+            fused: Any = (self.qkv, self.proj)
+            is_plain = all(module.places.are_plain for module in fused)  # adapters expect rows of the batch
+            if isinstance(layout, Varlen) and layout.queries is not None and layout.max_queries and is_plain:
+                return self._attend_packed(hidden_states, position_embeddings, layout, layout.queries)
+            query, key, value = self._project(hidden_states, position_embeddings)
+        else:
+            query, key, value = self._project(hidden_states, position_embeddings)
+            tokens, num_keys = query.shape[1], None
+            if attention_mask is None and tokens > 1 and past_key_values.is_compileable:
+                # Other attention implementations than ours say nothing of the empty slots of a static cache.
+                num_keys = int(past_key_values.get_seq_length(self.layer_idx)) + tokens
             # A cache holds [batch, heads, tokens, head_dim], after rotation.
             cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-            key, value = (states.transpose(1, 2)[:, :seen] for states in cached)
-        context = self.core_attention(query, key, value, **causal_arguments(attention_mask, tokens, key.shape[1]))
+            key, value = (states.transpose(1, 2) for states in cached)
+            num_keys = num_keys or key.shape[1]
+            layout = self._layout(attention_mask, position_ids, hidden_states.shape, num_keys, kwargs)
+        context = attend(self.core_attention, query, key, value, layout, self.window)
         out: Tensor = self.proj(context)
         return out
 
+    def _project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[b, s, heads, d]``, keys and values ``[b, s, kv heads, d]``, rotated."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = self.qkv(hidden_states).view(*hidden_states.shape[:2], heads, self.head_dim)
+        query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        if position_embeddings is not None:
+            cos, sin = position_embeddings
+            query, key = self.apply_rotary(query, cos, sin), self.apply_rotary(key, cos, sin)
+        return query, key, value
 
-def causal_arguments(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> dict[str, Any]:
-    """A Hugging Face mask (None, or boolean with True where to attend) as arguments of ``DotProductAttention``.
+    def _attend_packed(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, layout: Varlen, rows: Tensor
+    ) -> Tensor:
+        """The same without a row for padding anywhere: tokens are taken out before, and put back behind."""
+        batch, tokens, _ = hidden_states.shape
+        if position_embeddings is not None:
+            position_embeddings = take_rows(*position_embeddings, rows, batch)
+        packed = hidden_states.flatten(0, 1).index_select(0, rows)[None]
+        query, key, value = self._project(packed, position_embeddings)
+        context = attend(self.core_attention, query, key, value, replace(layout, queries=None, keys=None), self.window)
+        out: Tensor = self.proj(context)[0]
+        return out.new_zeros(batch * tokens, out.shape[-1]).index_copy_(0, rows, out).view(batch, tokens, -1)
 
-    Without a mask, the queries are the last of the keys: attention is causal, aligned at the bottom right.
-    """
-    if attention_mask is None:
-        if num_queries == 1:
-            return {"attn_mask_type": "no_mask", "window_size": NO_WINDOW}
-        return {"attn_mask_type": "causal" if num_queries == num_keys else "causal_bottom_right"}
-    is_known = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool
-    if not is_known or attention_mask.dim() != 4 or attention_mask.shape[-1] not in (1, num_keys):
-        raise UnsupportedError(
-            Problem(
-                where="attention_mask",
-                what="the layer does not know this form of mask",
-                expected=f"a boolean mask [batch, 1 or heads, queries, {num_keys} keys], True where to attend",
-                found=f"{getattr(attention_mask, 'dtype', type(attention_mask).__name__)} {list(attention_mask.shape)}",
-                fix="leave attn_implementation at 'sdpa' (as tepatch sets it), and pass masks as booleans",
+    def _layout(
+        self,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        shape: torch.Size,
+        num_keys: int | None,
+        kwargs: Mapping[str, Any],
+    ) -> Layout:
+        """What the mask or the positions say; ``num_keys`` is None without a cache."""
+        batch, tokens, _ = shape
+        layout: Layout
+        if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+            layout = self._packed(kwargs, attention_mask, batch * tokens, batch * (num_keys or tokens))
+        elif num_keys == tokens > 1 and attention_mask is None and position_ids is not None:
+            layout = layout_of_positions(position_ids, batch, tokens)
+        else:
+            layout = layout_of(attention_mask, tokens, num_keys or tokens, window=self.window)
+        return layout
+
+    def _packed(self, kwargs: Mapping[str, Any], mask: Tensor | None, num_queries: int, num_keys: int) -> Layout:
+        if num_queries != num_keys:
+            raise UnsupportedError(
+                Problem(
+                    where="past_key_values",
+                    what="packed sequences (cu_seq_lens_q) can not continue from a cache",
+                    fix="pass use_cache=False, or a batch of padded rows",
+                )
             )
-        )
-    return {
-        "attn_mask_type": "arbitrary",
-        "attention_mask": ~attention_mask,
-        "window_size": NO_WINDOW,
-    }
+        starts, key_starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+        lengths = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
+        layout: Layout = packed_layout(starts, starts if key_starts is None else key_starts, num_queries, lengths, mask)
+        return layout
+
+
+def attend(
+    core: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None = None
+) -> Tensor:
+    """Causal attention by a backend's ``DotProductAttention``, in the fastest form that computes the layout exactly.
+
+    Shapes: query ``[b, q, heads, d]``, key and value ``[b, k, kv heads, d]``; out ``[b, q, heads * d]``. ``window`` is
+    how many keys a query sees, itself counted. Rows that are in no sequence of a ``Varlen`` come out as
+    zeros.
+    """
+    batch, num_queries = query.shape[:2]
+    size = {} if window is None else {"window_size": (window - 1, 0)}
+    if isinstance(layout, Masked):
+        heads = query.shape[2]
+        if layout.visible.shape[0] not in (1, batch) or layout.visible.shape[1] not in (1, heads):
+            raise UnsupportedError(
+                Problem(
+                    where="attention_mask",
+                    what="the mask is for another batch or another number of heads",
+                    expected=f"[1 or {batch}, 1 or {heads}, ...]",
+                    found=str(list(layout.visible.shape)),
+                )
+            )
+        mask = {"attn_mask_type": "arbitrary", "attention_mask": ~layout.visible, "window_size": NO_WINDOW}
+        masked: Tensor = core(query, key, value, **mask)
+        return masked
+    if isinstance(layout, Dense):
+        num_keys = layout.num_keys
+        if num_keys < key.shape[1]:
+            key, value = key[:, :num_keys], value[:, :num_keys]
+        if num_queries == 1 and (window is None or num_keys <= window):
+            kind, size = "no_mask", {"window_size": NO_WINDOW}
+        else:
+            kind = "causal" if num_queries == num_keys else "causal_bottom_right"
+        dense: Tensor = core(query, key, value, attn_mask_type=kind, **size)
+        return dense
+    if not layout.max_queries:  # nothing but padding; the product keeps what came before in the backward pass
+        return query.flatten(2) * 0
+    is_square = layout.cu_queries is layout.cu_keys
+    packed: Tensor = core(
+        _rows(query, layout.queries),
+        _rows(key, layout.keys),
+        _rows(value, layout.keys),
+        qkv_format="thd",
+        attn_mask_type="padding_causal" if is_square else "padding_causal_bottom_right",
+        cu_seqlens_q=layout.cu_queries,
+        cu_seqlens_kv=layout.cu_keys,
+        max_seqlen_q=layout.max_queries,
+        max_seqlen_kv=layout.max_keys,
+        **size,
+    )
+    if layout.queries is not None:
+        packed = packed.new_zeros(batch * num_queries, packed.shape[-1]).index_copy_(0, layout.queries, packed)
+    return packed.view(batch, num_queries, -1)
+
+
+def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """``[b, s, h, d]`` -> ``[tokens, h, d]``: these of its ``b * s`` tokens, one behind the other."""
+    if rows is None:
+        return tensor.flatten(0, 1)
+    _, size, *_ = tensor.shape
+    if tensor.stride(0) == size * tensor.stride(1):
+        return tensor.flatten(0, 1).index_select(0, rows)
+    # A cache's tensors lie otherwise: to flatten them would copy them whole.
+    return tensor[rows // size, rows % size]

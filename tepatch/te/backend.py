@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tepatch.errors import BackendError, Problem
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 BackendName = Literal["auto", "te", "reference"]
 
-# The first release that has the names used here (te.autocast, te.quantized_model_init).
-OLDEST_VERSION = (2, 9)
+# The first release that has the names used here, and attention to packed sequences in every dtype.
+OLDEST_VERSION = (2, 11)
 # Ampere. Older GPUs lack the bfloat16 kernels.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -63,6 +63,8 @@ class Modules:
     RMSNorm: Callable[..., nn.Module]
     LayerNorm: Callable[..., nn.Module]
     DotProductAttention: Callable[..., nn.Module]
+    apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Rotates x [b, s, h, d] by cos and sin, as ``tepatch.te.rope.apply_rotary``."""
 
 
 _active: ContextVar[Modules | None] = ContextVar("tepatch_te_modules", default=None)
@@ -205,6 +207,7 @@ def _te_modules() -> Modules:
 @functools.cache
 def _reference_modules() -> Modules:
     from tepatch.te import reference
+    from tepatch.te.rope import apply_rotary
 
     return Modules(
         name="reference",
@@ -215,4 +218,5 @@ def _reference_modules() -> Modules:
         RMSNorm=reference.RMSNorm,
         LayerNorm=reference.LayerNorm,
         DotProductAttention=reference.DotProductAttention,
+        apply_rotary=apply_rotary,
     )

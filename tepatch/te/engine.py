@@ -1,36 +1,58 @@
 """Transformer Engine's own modules as the factories of a ``Modules`` value.
 
-They differ from Transformer Engine's classes in two defaults only. Its classes create parameters on "cuda"
+They differ from Transformer Engine's classes in two defaults and one name. Its classes create parameters on "cuda"
 whatever torch's default device is, and defer them only when given the *string* "meta" (a
 ``torch.device("meta")`` compares unequal to it and is then filled from the GPU); so inside a meta context,
 where Hugging Face builds a model, the factories pass that string. And the parameter dtype is torch's default,
-as everywhere in torch.
+as everywhere in torch. The norm's weight in a fused module is called ``layernorm_weight`` (see ``NORM_NAMES``).
+Where products are quantized, batches are padded to what the kernels take. And the linear layers are those of
+``tepatch.te.fused``: other modules may stand at the places of their projections.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tepatch.te.alignment import alignment_of, check_features, with_padded_rows
 from tepatch.te.backend import Modules
+from tepatch.te.fused import FusedLinear, FusedMLP, FusedNormLinear
+from tepatch.te.precision import recipe_in_force
+from tepatch.te.reference_mlp import activate
+from tepatch.te.rope import fused_rotary
+from tepatch.te.tracing import outside_graphs
+
+NORM_NAMES = {"layer_norm_weight": "layernorm_weight", "layer_norm_bias": "layernorm_bias"}
+"""Transformer Engine's names for a fused norm -> tepatch's.
+
+By its name Hugging Face's Trainer (and most code that groups parameters) decides which parameters get no weight
+decay: those with "layernorm" in it do, "layer_norm_weight" would get one.
+"""
 
 
 def load() -> Modules:
     """Give the factories of the installed Transformer Engine; ``probe()`` must have found it usable."""
     te = importlib.import_module("transformer_engine.pytorch")
+    rope = importlib.import_module("transformer_engine.pytorch.attention.rope")
+    linear, norm_linear, mlp, attention = _classes()
     return Modules(
         name="te",
         default_device="cuda",
-        Linear=_factory(te.Linear, dtype_argument="params_dtype"),
-        LayerNormLinear=_factory(te.LayerNormLinear, dtype_argument="params_dtype"),
-        LayerNormMLP=_factory(te.LayerNormMLP, dtype_argument="params_dtype"),
+        Linear=_factory(linear, dtype_argument="params_dtype"),
+        LayerNormLinear=_factory(norm_linear, dtype_argument="params_dtype"),
+        LayerNormMLP=_factory(mlp, dtype_argument="params_dtype"),
         RMSNorm=_factory(te.RMSNorm, dtype_argument="dtype"),
         LayerNorm=_factory(te.LayerNorm, dtype_argument="dtype"),
-        DotProductAttention=_exact_attention(te.DotProductAttention),
+        DotProductAttention=attention,
+        apply_rotary=partial(fused_rotary, rope.apply_rotary_pos_emb),
     )
 
 
@@ -44,21 +66,309 @@ def placement(device: str | torch.device | None) -> str | torch.device:
     return "meta" if torch.device(device).type == "meta" else device
 
 
+def __getattr__(name: str) -> Any:
+    """The classes that are made when Transformer Engine is there: pickled models name them as this module's."""
+    if name in ("Linear", "LayerNormLinear", "LayerNormMLP", "DotProductAttention"):
+        return next(cls for cls in _classes() if cls.__name__ == name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _classes() -> tuple[type[nn.Module], ...]:
+    te = importlib.import_module("transformer_engine.pytorch")
+    made = (
+        _linear(te.Linear),
+        _norm_linear(_named(te.LayerNormLinear), te),
+        _mlp(_named(te.LayerNormMLP), te),
+        _exact_attention(te.DotProductAttention),
+    )
+    for cls in made:
+        cls.__module__, cls.__qualname__ = __name__, cls.__name__
+    return made
+
+
+def _linear(cls: type[nn.Module]) -> type[nn.Module]:
+    class Linear(FusedLinear, _picklable(cls)):  # type: ignore[misc]
+        """Transformer Engine's ``Linear``, with places for adapters and for any number of tokens."""
+
+        def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = _padded(self, cls.forward, inp, *args, **kwargs)
+            return out
+
+    return Linear
+
+
+def _norm_linear(cls: type[nn.Module], te: Any) -> type[nn.Module]:
+    class LayerNormLinear(FusedNormLinear, _picklable(cls)):  # type: ignore[misc]
+        """Transformer Engine's ``LayerNormLinear``, with places for adapters and for any number of tokens."""
+
+        def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+            if _is_wide(inp) and not self.return_layernorm_output:
+                return self.compute_with_normed(inp, *args, **kwargs)[0]
+            out: Tensor | tuple[Tensor, ...] = _padded(self, cls.forward, inp, *args, **kwargs)
+            return out
+
+        def compute_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if _is_wide(inp):
+                normed = _normed_in_float32(self, inp)
+                return _linear_step(self, te, "weight", "bias")(normed, *args, **kwargs), normed
+            as_it_was = self.return_layernorm_output
+            self.return_layernorm_output = True
+            try:
+                out, normed = _padded(self, cls.forward, inp, *args, **kwargs)
+            finally:
+                self.return_layernorm_output = as_it_was
+            return out, normed
+
+    return LayerNormLinear
+
+
+def _mlp(cls: type[nn.Module], te: Any) -> type[nn.Module]:
+    class LayerNormMLP(FusedMLP, _picklable(cls)):  # type: ignore[misc]
+        """Transformer Engine's ``LayerNormMLP``, with places for adapters and for any number of tokens."""
+
+        def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if _is_wide(inp):
+                first, _ = self.first_with_normed(inp, *args, **kwargs)
+                return self.second(self.activate(first), *args, **kwargs)
+            out: Tensor = _padded(self, cls.forward, inp, *args, **kwargs)
+            return out
+
+        def first_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if _is_wide(inp):
+                normed = _normed_in_float32(self, inp)
+                return _linear_step(self, te, "fc1_weight", "fc1_bias")(normed, *args, **kwargs), normed
+            step = _norm_linear_step(self, te)
+            out, normed = _padded(self, lambda _, *given, **more: step(*given, **more), inp, *args, **kwargs)
+            return out, normed
+
+        def activate(self, first: Tensor) -> Tensor:
+            return activated(first, str(self.activation))
+
+        def second(self, activated: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            step = _linear_step(self, te, "fc2_weight", "fc2_bias")
+            out: Tensor = _padded(self, lambda _, *given, **more: step(*given, **more), activated, *args, **kwargs)
+            return out
+
+    return LayerNormMLP
+
+
+def _picklable(cls: type[nn.Module]) -> type[nn.Module]:
+    class Picklable(cls):  # type: ignore[misc,valid-type]
+        """A module whose initialisers of norms and biases are no local functions, which pickle can not name."""
+
+        def register_parameter(self, name: str, param: nn.Parameter | None, **kwargs: Any) -> None:
+            if "<locals>" in getattr(kwargs.get("init_fn"), "__qualname__", ""):
+                if name.endswith("bias"):
+                    kwargs["init_fn"] = partial(nn.init.constant_, val=0.0)
+                elif name in NORM_NAMES:
+                    kwargs["init_fn"] = partial(nn.init.constant_, val=float(not self.zero_centered_gamma))
+            super().register_parameter(name, param, **kwargs)
+
+    return Picklable
+
+
+def _is_wide(inp: Tensor) -> bool:
+    """Whether a float32 residual stream meets 16-bit products, under ``torch.autocast``.
+
+    Hugging Face's layers then norm in float32. Transformer Engine would round before its norm too.
+    """
+    return inp.dtype == torch.float32 and torch.is_autocast_enabled("cuda") and recipe_in_force() is None
+
+
+def _normed_in_float32(module: Any, inp: Tensor) -> Tensor:
+    """The module's norm of float32 ``inp`` [..., n], in float32."""
+    weight = module.layernorm_weight.float()
+    if module.zero_centered_gamma:
+        weight = weight + 1
+    with torch.autocast("cuda", enabled=False):
+        if module.normalization == "RMSNorm":
+            return F.rms_norm(inp, weight.shape, weight, module.eps)
+        return F.layer_norm(inp, weight.shape, weight, module.layernorm_bias.float(), module.eps)
+
+
+def _padded(module: nn.Module, forward: Callable[..., Any], inp: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a module, with rows of zeros where a quantized product needs more than ``inp`` has."""
+    recipe = recipe_in_force()
+    if recipe is None:
+        return forward(module, inp, *args, **kwargs)
+    alignment = alignment_of(recipe)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() == 2:
+            rows, columns = parameter.shape
+            sizes = {"out_features": rows, "in_features": columns}
+            check_features(f"{type(module).__name__}.{name}", sizes, alignment.features)
+    return with_padded_rows(lambda rows: forward(module, rows, *args, **kwargs), inp, alignment.rows)
+
+
+class Steps(dict[str, nn.Module]):
+    """Parts of a fused module as modules of their own, over its parameters.
+
+    They are no children of it, which would list its parameters twice, and a copy of it makes its own.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
+        return Steps()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Steps, ())
+
+
+def _linear_step(owner: Any, te: Any, weight: str, bias: str) -> nn.Module:
+    """Transformer Engine's ``Linear`` over these parameters of ``owner``."""
+
+    def make() -> nn.Module:
+        matrix = getattr(owner, weight)
+        step: nn.Module = te.Linear(
+            matrix.shape[1], matrix.shape[0], bias=owner.use_bias, params_dtype=matrix.dtype, device="meta"
+        )
+        return step
+
+    return _step(owner, weight, make, {"weight": weight, "bias": bias})
+
+
+def _norm_linear_step(mlp: Any, te: Any) -> nn.Module:
+    """The norm and first layer of an MLP: (output, normed input)."""
+
+    def make() -> nn.Module:
+        matrix = mlp.fc1_weight
+        step: nn.Module = te.LayerNormLinear(
+            matrix.shape[1],
+            matrix.shape[0],
+            eps=mlp.eps,
+            normalization=mlp.normalization,
+            zero_centered_gamma=mlp.zero_centered_gamma,
+            return_layernorm_output=True,
+            bias=mlp.use_bias,
+            params_dtype=matrix.dtype,
+            device="meta",
+        )
+        return step
+
+    return _step(mlp, "norm", make, {"weight": "fc1_weight", "bias": "fc1_bias", **NORM_NAMES})
+
+
+def _step(owner: nn.Module, name: str, make: Callable[[], nn.Module], names: Mapping[str, str]) -> nn.Module:
+    """A step of ``owner``, made at its first use, with ``names`` (its own -> the owner's) as they are now.
+
+    Parameters are replaced when a model moves; and while FSDP has gathered them, they are plain tensors, which
+    setattr would refuse.
+    """
+    steps: Steps = owner.__dict__.setdefault("_steps", Steps())
+    if name not in steps:
+        steps[name] = make()
+    step = steps[name]
+    for own, theirs in names.items():
+        if step._parameters.get(own) is not None:
+            step._parameters[own] = getattr(owner, theirs)
+    if hasattr(owner, "primary_weights_in_fp8"):
+        step.__dict__["primary_weights_in_fp8"] = owner.primary_weights_in_fp8
+    return step
+
+
+def activated(first: Tensor, activation: str) -> Tensor:
+    """Transformer Engine's activation of [..., n], by its name; only ``first`` is kept for the backward pass."""
+    kernels = importlib.import_module("transformer_engine_torch")
+    if not hasattr(kernels, activation):
+        return activate(first, activation)
+    out: Tensor = _Activation.apply(first, activation, kernels)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, activation: str, kernels: Any) -> Tensor:
+        rows = first.reshape(-1, first.shape[-1]).contiguous()
+        ctx.save_for_backward(rows)
+        ctx.shape, ctx.derivative = first.shape, getattr(kernels, f"d{activation}")
+        out: Tensor = getattr(kernels, activation)(rows, None)
+        return out.view(*first.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        rows_of_gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        return ctx.derivative(rows_of_gradient, rows, None).view(ctx.shape), None, None
+
+
+def _named(cls: type[nn.Module]) -> type[nn.Module]:
+    class Named(cls):  # type: ignore[misc,valid-type]
+        """A fused module whose norm has the names of ``NORM_NAMES``; its own names for it can still be read."""
+
+        def register_parameter(self, name: str, param: nn.Parameter | None, **kwargs: Any) -> None:
+            super().register_parameter(NORM_NAMES.get(name, name), param, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(NORM_NAMES.get(name, name))
+
+    return Named
+
+
 def _exact_attention(cls: type[nn.Module]) -> type[nn.Module]:
     class DotProductAttention(cls):  # type: ignore[misc,valid-type]
         """Transformer Engine's attention, given tensors that lie in memory as their format says.
 
         Transformer Engine guesses the layout from strides, and takes keys and values that are both transposed
         (as those from a Hugging Face cache are) for contiguous ones: it then attends to the wrong numbers
-        without a word (2.20.2, ``get_qkv_layout``).
+        without a word (2.20.2, ``get_qkv_layout``). To make them contiguous copies a whole cache at every token; so
+        one query that sees all keys goes to torch's attention, which takes any strides.
         """
 
+        def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
+            self._scale = softmax_scale  # None means the same to torch's attention
+            self._made_with = (args, {**kwargs, "softmax_scale": softmax_scale})
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            new: nn.Module = type(self).__new__(type(self))
+            memo[id(self)] = new
+            new.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+            return new
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # It holds local functions, which pickle can not name, and no numbers: it is made again.
+            kept = {name: value for name, value in self.__dict__.items() if name in _KEPT_WHEN_PICKLED}
+            return (_new_attention, self._made_with, kept)
+
+        @outside_graphs
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if (
+                kwargs.get("attn_mask_type") == "no_mask"
+                and not key.is_contiguous()
+                and _is_plain_decoding(self, query)
+            ):
+                return _attend_to_all(query, key, value, scale=self._scale)
             tensors = (tensor.contiguous() for tensor in (query, key, value))
             out: Tensor = super().forward(*tensors, *args, **kwargs)
             return out
 
     return DotProductAttention
+
+
+_KEPT_WHEN_PICKLED = frozenset(
+    name for name in nn.Module().__dict__ if name == "training" or name.startswith(("_forward_", "_backward_"))
+)
+"""Hooks around the module, and its mode."""
+
+
+def _new_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    cls: type[nn.Module] = __getattr__("DotProductAttention")
+    return cls(*args, **kwargs)
+
+
+def _is_plain_decoding(module: Any, query: Tensor) -> bool:
+    """Whether this is one query a row of a model that is not trained, with the ordinary softmax."""
+    is_ordinary = module.qkv_format == "bshd" and not getattr(module, "softcap", 0)
+    is_ordinary = is_ordinary and getattr(module, "softmax_type", "vanilla") == "vanilla"
+    return is_ordinary and query.shape[1] == 1 and not module.training and not query.requires_grad
+
+
+def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    """Every query sees every key: ``[b, q, heads, d]`` and ``[b, k, kv heads, d]`` to ``[b, q, heads * d]``."""
+    is_grouped = query.shape[2] != key.shape[2]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=is_grouped)
+    return out.transpose(1, 2).flatten(2)
 
 
 def _factory(cls: Callable[..., nn.Module], *, dtype_argument: str) -> Callable[..., nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.masks import AttentionMask, Window, check_mask_type, effective_window, full_mask
+
+FORMATS = ("sbhd", "bshd", "thd")
+PACKED_MASKS = {
+    "padding": "no_mask",
+    "padding_causal": "causal",
+    "padding_causal_bottom_right": "causal_bottom_right",
+}
+"""With format "thd": mask type -> what it means within each sequence."""
 
 
 class DotProductAttention(nn.Module):
@@ -40,7 +49,7 @@ class DotProductAttention(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        _require(qkv_format, ("sbhd", "bshd"), where="qkv_format")
+        _require(qkv_format, FORMATS, where="qkv_format")
         _require(attention_type, ("self", "cross"), where="attention_type")
         self.num_attention_heads = num_attention_heads
         self.num_gqa_groups = num_attention_heads if num_gqa_groups is None else num_gqa_groups
@@ -72,13 +81,21 @@ class DotProductAttention(nn.Module):
         value_layer: Tensor,
         attention_mask: AttentionMask = None,
         *,
+        qkv_format: str | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
         window_size: Window | None = None,
     ) -> Tensor:
-        """Attend, with this call's mask type and window where given, else the constructor's.
+        """Attend, with this call's format, mask type and window where given, else the constructor's.
 
         Shapes, with "bshd" ("sbhd" has the first two dimensions swapped): query [b, s_q, heads, d_k], key
-        [b, s_kv, groups, d_k], value [b, s_kv, groups, d_v]; the result is [b, s_q, heads * d_v].
+        [b, s_kv, groups, d_k], value [b, s_kv, groups, d_v]; the result is [b, s_q, heads * d_v]. With "thd"
+        sequences lie one behind the other, [tokens, heads, d], sequence i from ``cu_seqlens[i]`` to
+        ``cu_seqlens[i + 1]`` (int32 [n + 1]), with one of the padding mask types and no mask; the longest lengths
+        are taken and not needed.
 
         ``attention_mask`` is boolean, True = masked out: [b, 1, 1, s] for the padding types (a pair of them,
         for queries and keys, with attention_type "cross"), broadcastable to [b, heads, s_q, s_kv] for
@@ -89,18 +106,38 @@ class DotProductAttention(nn.Module):
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else check_mask_type(attn_mask_type)
         window = effective_window(mask_type, self.window_size if window_size is None else window_size)
-        self._check_shapes(query_layer, key_layer, value_layer)
+        form = self.qkv_format if qkv_format is None else _require(qkv_format, FORMATS, where="qkv_format")
+        self._check_shapes(query_layer, key_layer, value_layer, form)
+        if form == "thd":
+            _require(mask_type, PACKED_MASKS, where="attn_mask_type")
+            if cu_seqlens_q is None or cu_seqlens_kv is None or attention_mask is not None:
+                raise UnsupportedError(
+                    Problem(where="cu_seqlens_q", what="format 'thd' needs cu_seqlens_q and cu_seqlens_kv, and no mask")
+                )
+            packed = (query_layer, key_layer, value_layer)
+            return self._attend_packed(packed, cu_seqlens_q, cu_seqlens_kv, PACKED_MASKS[mask_type], window)
         # [b, s, h, d] or [s, b, h, d] -> [b, h, s, d]
-        to_heads = (0, 2, 1, 3) if self.qkv_format == "bshd" else (1, 2, 0, 3)
+        to_heads = (0, 2, 1, 3) if form == "bshd" else (1, 2, 0, 3)
         query, key, value = (x.permute(to_heads) for x in (query_layer, key_layer, value_layer))
-        repeats = self.num_attention_heads // self.num_gqa_groups
-        if repeats > 1:
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
 
         context = self._attend(query, key, value, attention_mask, mask_type, window)
 
-        to_tokens = (0, 2, 1, 3) if self.qkv_format == "bshd" else (2, 0, 1, 3)
+        to_tokens = (0, 2, 1, 3) if form == "bshd" else (2, 0, 1, 3)
         return context.permute(to_tokens).flatten(2)
+
+    def _attend_packed(
+        self, packed: tuple[Tensor, Tensor, Tensor], cu_queries: Tensor, cu_keys: Tensor, mask_type: str, window: Window
+    ) -> Tensor:
+        """Attend within each sequence as if it were alone, [tokens, heads, d] to [tokens, heads * d]."""
+        lengths: list[list[int]] = [ends.diff().tolist() for ends in (cu_queries, cu_keys, cu_keys)]
+        # [tokens, h, d] -> [1, h, tokens, d] for each sequence
+        heads_first = [tensor.transpose(0, 1).unsqueeze(0) for tensor in packed]
+        sequences = [torch.split(tensor, sizes, dim=2) for tensor, sizes in zip(heads_first, lengths, strict=True)]
+        contexts = [
+            self._attend(query, key, value, None, mask_type, window)
+            for query, key, value in zip(*sequences, strict=True)
+        ]
+        return torch.cat(contexts, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend(
         self,
@@ -112,6 +149,9 @@ class DotProductAttention(nn.Module):
         window: Window,
     ) -> Tensor:
         num_queries, num_keys = query.shape[2], key.shape[2]
+        repeats = self.num_attention_heads // self.num_gqa_groups
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         if attention_mask is None and not self.softcap and window[0] == -1:
             # These need no mask in memory. torch's is_causal starts its diagonal at the top left.
             if mask_type == "no_mask" or (mask_type == "causal_bottom_right" and num_queries == 1):
@@ -162,7 +202,7 @@ class DotProductAttention(nn.Module):
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(query.dtype)
         return F.dropout(weights, self.attention_dropout, self.training) @ value
 
-    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, form: str) -> None:
         expected = {
             "query": (query, self.num_attention_heads, self.key_channels),
             "key": (key, self.num_gqa_groups, self.key_channels),
@@ -172,11 +212,11 @@ class DotProductAttention(nn.Module):
             Problem(
                 where=name,
                 what="wrong shape for this attention module",
-                expected=f"{self.qkv_format} with h = {heads}, d = {channels}",
+                expected=f"{form} with h = {heads}, d = {channels}",
                 found=str(list(tensor.shape)),
             )
             for name, (tensor, heads, channels) in expected.items()
-            if tensor.dim() != 4 or tensor.shape[2:] != (heads, channels)
+            if tensor.dim() != len(form) or tensor.shape[-2:] != (heads, channels)
         ]
         if problems:
             raise UnsupportedError(problems)
@@ -188,7 +228,7 @@ class DotProductAttention(nn.Module):
         )
 
 
-def _require(value: str, known: tuple[str, ...], *, where: str) -> None:
+def _require(value: str, known: Iterable[str], *, where: str) -> str:
     if value not in known:
         raise UnsupportedError(
             Problem(
@@ -198,3 +238,4 @@ def _require(value: str, known: tuple[str, ...], *, where: str) -> None:
                 found=repr(value),
             )
         )
+    return value

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tepatch.te.fused import FusedLinear, FusedNormLinear
 from tepatch.te.reference_norms import Device, Init, NormedInput, default_init, initialize
 
 
-class Linear(nn.Module):
+class Linear(FusedLinear):
     """A matrix product with an optional bias, as ``te.Linear``: [..., in_features] to [..., out_features].
 
     Parameters: ``weight`` [out_features, in_features], ``bias`` [out_features].
@@ -42,17 +43,17 @@ class Linear(nn.Module):
         initialize(self.weight, self._init_method)
         initialize(self.bias, nn.init.zeros_)
 
-    def forward(self, inp: Tensor) -> Tensor:
+    def compute(self, inp: Tensor) -> Tensor:
         return F.linear(inp, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-class LayerNormLinear(NormedInput):
+class LayerNormLinear(FusedNormLinear, NormedInput):
     """A norm and then a matrix product, as ``te.LayerNormLinear``: [..., in_features] to [..., out_features].
 
-    Parameters: ``layer_norm_weight`` [in_features], ``layer_norm_bias`` [in_features] (normalization
+    Parameters: ``layernorm_weight`` [in_features], ``layernorm_bias`` [in_features] (normalization
     "LayerNorm" only), ``weight`` [out_features, in_features], ``bias`` [out_features]. With
     ``return_layernorm_output`` the result is (output, normed input).
 
@@ -100,10 +101,13 @@ class LayerNormLinear(NormedInput):
         initialize(self.weight, self._init_method)
         initialize(self.bias, nn.init.zeros_)
 
-    def forward(self, inp: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        normed = self.normalize(inp)
-        out = F.linear(normed, self.weight, self.bias)
+    def compute(self, inp: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out, normed = self.compute_with_normed(inp)
         return (out, normed) if self.return_layernorm_output else out
+
+    def compute_with_normed(self, inp: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.normalize(inp)
+        return F.linear(normed, self.weight, self.bias), normed
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.normalization}, bias={self.bias is not None}"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tepatch.errors import Problem, UnsupportedError
+from tepatch.te.fused import FusedMLP
 from tepatch.te.reference_norms import Device, Init, NormedInput, default_init, initialize
 
 
@@ -40,11 +41,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 ``torch.nn.functional.glu`` gates with the other half."""
 
 
-class LayerNormMLP(NormedInput):
+class LayerNormMLP(FusedMLP, NormedInput):
     """A norm and a two-layer MLP, as ``te.LayerNormMLP``: [..., hidden_size] to [..., hidden_size].
 
     Parameters, with f = ffn_hidden_size and n = 2f where the activation gates, else n = f:
-    ``layer_norm_weight`` [hidden_size], ``layer_norm_bias`` [hidden_size] (normalization "LayerNorm" only),
+    ``layernorm_weight`` [hidden_size], ``layernorm_bias`` [hidden_size] (normalization "LayerNorm" only),
     ``fc1_weight`` [n, hidden_size], ``fc1_bias`` [n], ``fc2_weight`` [hidden_size, f], ``fc2_bias``
     [hidden_size].
 
@@ -110,16 +111,27 @@ class LayerNormMLP(NormedInput):
         initialize(self.fc2_weight, self._output_layer_init_method)
         initialize(self.fc2_bias, nn.init.zeros_)
 
-    def forward(self, inp: Tensor) -> Tensor:
-        fc1 = F.linear(self.normalize(inp), self.fc1_weight, self.fc1_bias)
-        return F.linear(_activate(fc1, self.activation), self.fc2_weight, self.fc2_bias)
+    def compute(self, inp: Tensor) -> Tensor:
+        first, _ = self.first_with_normed(inp)
+        return self.second(self.activate(first))
+
+    def first_with_normed(self, inp: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.normalize(inp)
+        return F.linear(normed, self.fc1_weight, self.fc1_bias), normed
+
+    def activate(self, first: Tensor) -> Tensor:
+        return activate(first, self.activation)
+
+    def second(self, activated: Tensor) -> Tensor:
+        return F.linear(activated, self.fc2_weight, self.fc2_bias)
 
     def extra_repr(self) -> str:
         sizes = f"{self.hidden_size}, {self.ffn_hidden_size}"
         return f"{sizes}, {self.normalization}, {self.activation}, bias={self.fc1_bias is not None}"
 
 
-def _activate(fc1: Tensor, activation: str) -> Tensor:
+def activate(fc1: Tensor, activation: str) -> Tensor:
+    """One of ``ACTIVATIONS`` of the first layer's output, in float32 or wider; the dtype stays the input's."""
     function, gates = ACTIVATIONS[activation]
     x = fc1.to(torch.promote_types(fc1.dtype, torch.float32))
     if not gates:

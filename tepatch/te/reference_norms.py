@@ -136,7 +136,7 @@ class LayerNorm(nn.Module):
 class NormedInput(nn.Module):
     """The norm that ``LayerNormLinear`` and ``LayerNormMLP`` begin with, and its parameters."""
 
-    layer_norm_bias: nn.Parameter | None
+    layernorm_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -161,24 +161,24 @@ class NormedInput(nn.Module):
         self.eps = eps
         self.normalization = normalization
         self.zero_centered_gamma = zero_centered_gamma
-        self.layer_norm_weight = nn.Parameter(torch.empty(features, dtype=dtype, device=device))
+        self.layernorm_weight = nn.Parameter(torch.empty(features, dtype=dtype, device=device))
         shift = torch.empty(features, dtype=dtype, device=device) if normalization == "LayerNorm" else None
-        self.register_parameter("layer_norm_bias", None if shift is None else nn.Parameter(shift))
+        self.register_parameter("layernorm_bias", None if shift is None else nn.Parameter(shift))
 
     def reset_norm_parameters(self) -> None:
         """Make the norm multiply by one and add zero; does nothing on meta."""
-        initialize(self.layer_norm_weight, identity_gamma(zero_centered=self.zero_centered_gamma))
-        initialize(self.layer_norm_bias, nn.init.zeros_)
+        initialize(self.layernorm_weight, identity_gamma(zero_centered=self.zero_centered_gamma))
+        initialize(self.layernorm_bias, nn.init.zeros_)
 
     def normalize(self, inp: Tensor) -> Tensor:
         """Norm the last dimension; the dtype stays the input's."""
-        if self.layer_norm_bias is None:
-            wide = rms_norm(inp, self.layer_norm_weight, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
+        if self.layernorm_bias is None:
+            wide = rms_norm(inp, self.layernorm_weight, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
         else:
             wide = layer_norm(
                 inp,
-                self.layer_norm_weight,
-                self.layer_norm_bias,
+                self.layernorm_weight,
+                self.layernorm_bias,
                 eps=self.eps,
                 zero_centered_gamma=self.zero_centered_gamma,
             )

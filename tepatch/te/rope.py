@@ -3,7 +3,7 @@
 A position of some thousands times a frequency that was rounded to bfloat16 is wrong by whole turns, and
 casting a Hugging Face model (``model.bfloat16()``) does round its rotary module's frequencies.
 ``Float32Rotary`` keeps them, and hands out cos and sin in float32; ``apply_rotary`` turns a tensor by them
-and rounds once.
+and rounds once. On a GPU Transformer Engine's kernel does that (``fused_rotary``), from the same angles.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tepatch.errors import Problem, UnsupportedError
+from tepatch.te.tracing import outside_graphs
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,6 +50,56 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if rot == x.shape[-1] else torch.cat((turned, x[..., rot:]), dim=-1)
 
 
+Turn = Callable[..., Tensor]
+"""Transformer Engine's ``apply_rotary_pos_emb``."""
+
+_angles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the tensor of cosines of ``Float32Rotary``: the angles, or None until a layer asks for them."""
+_taken: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By a tensor of cosines: rows, and the cosines and sines of these."""
+_UNKNOWN = "unknown"
+
+
+def fused_rotary(turn: Turn, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``apply_rotary`` by Transformer Engine's kernel, one launch instead of ten; contiguous ``[b, s, h, d]``.
+
+    The kernel takes angles. They are known where cos and sin come from ``Float32Rotary`` and have no scale on them
+    (as "yarn" and "longrope" have); other tables go through ``apply_rotary``.
+    """
+    angles = _angles_of(cos, sin)
+    if angles is None:
+        return apply_rotary(x, cos, sin)
+    if cos.shape[0] == 1:  # all rows have the same positions
+        return turn(x, angles, tensor_format="bshd", fused=True)
+    # One long row, in which every token has angles of its own.
+    tokens = x.reshape(-1, 1, *x.shape[2:])
+    return turn(tokens, angles, tensor_format="sbhd", fused=True).view(x.shape)
+
+
+@outside_graphs
+def take_rows(cos: Tensor, sin: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The tables ``[b or 1, s, rot]`` for these of the ``batch * s`` tokens (int64), as ``[1, tokens, rot]``.
+
+    All layers ask for the same rows of the same tables: they are taken once.
+    """
+    taken = _taken.get(cos)  # type: ignore[no-untyped-call]
+    if taken is None or taken[0] is not rows:
+        picked = [table.expand(batch, -1, -1).flatten(0, 1).index_select(0, rows)[None] for table in (cos, sin)]
+        if cos in _angles:
+            _angles[picked[0]] = None
+        taken = _taken[cos] = (rows, picked[0], picked[1])
+    return taken[1], taken[2]
+
+
+@outside_graphs
+def _angles_of(cos: Tensor, sin: Tensor) -> Tensor | None:
+    """float32 ``[tokens, 1, 1, rot]``, up to whole turns; None if they are not known."""
+    angles: Tensor | str | None = _angles.get(cos, _UNKNOWN)  # type: ignore[no-untyped-call]
+    if angles is None:
+        angles = _angles[cos] = torch.atan2(sin, cos).reshape(-1, 1, 1, cos.shape[-1])
+    return None if isinstance(angles, str) else angles
+
+
 class Float32Rotary(nn.Module):
     """A mixin that makes a Hugging Face rotary module give float32 cos and sin, and keep its buffers' dtype.
 
@@ -64,6 +116,8 @@ class Float32Rotary(nn.Module):
         # Of x, Hugging Face's modules use the device and the dtype of the result, nothing else.
         stand_in = torch.empty(0, dtype=torch.float32, device=x.device)
         cos, sin = super().forward(stand_in, position_ids, *args, **kwargs)
+        if cos.is_cuda and not torch.compiler.is_compiling() and getattr(self, "attention_scaling", None) == 1:
+            _angles[cos] = None
         return cos, sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Rotary:

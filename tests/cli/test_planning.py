@@ -145,7 +145,7 @@ def test_what_changed_since_another_plan_or_mapping_is_shown(
     assert "mapping llama.tepatch.yaml " in lines[1]
     assert lines[2:] == [
         "2 parameters changed",
-        "  laid out otherwise: model.layers.{0..1}.layernorm_mlp.fc1_weight",
+        "  laid out otherwise: model.layers.{0..1}.mlp.fc1_weight",
         "    mlp.gate_proj.weight: rows 48..96 -> rows 0..48",
         "    mlp.up_proj.weight: rows 0..48 -> rows 48..96",
     ]

@@ -163,15 +163,15 @@ parameters:
     - {when: tie_word_embeddings, tie: model.embed_tokens.weight}
     - same
   model.layers.{layer}:
-    self_attention.layernorm_qkv.layer_norm_weight: input_layernorm.weight
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.layernorm_weight: input_layernorm.weight
+    self_attn.qkv.weight:
       concat: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       sizes: [q, kv, kv]
-    self_attention.proj.weight: self_attn.o_proj.weight
-    self_attention.proj.bias: {when: attention_bias, of: self_attn.o_proj.bias}
-    layernorm_mlp.layer_norm_weight: post_attention_layernorm.weight
-    layernorm_mlp.fc1_weight: {concat: [mlp.gate_proj.weight, mlp.up_proj.weight]}
-    layernorm_mlp.fc2_weight: mlp.down_proj.weight
+    self_attn.proj.weight: self_attn.o_proj.weight
+    self_attn.proj.bias: {when: attention_bias, of: self_attn.o_proj.bias}
+    mlp.layernorm_weight: post_attention_layernorm.weight
+    mlp.fc1_weight: {concat: [mlp.gate_proj.weight, mlp.up_proj.weight]}
+    mlp.fc2_weight: mlp.down_proj.weight
 """
 
 
@@ -238,12 +238,12 @@ def llama() -> Callable[..., Llama]:
                 f"{at}mlp.down_proj.weight": (hidden, inner),
             }
             targets |= {
-                f"{at}self_attention.layernorm_qkv.layer_norm_weight": (hidden,),
-                f"{at}self_attention.layernorm_qkv.weight": ((heads + 2 * groups) * d, hidden),
-                f"{at}self_attention.proj.weight": (hidden, heads * d),
-                f"{at}layernorm_mlp.layer_norm_weight": (hidden,),
-                f"{at}layernorm_mlp.fc1_weight": (2 * inner, hidden),
-                f"{at}layernorm_mlp.fc2_weight": (hidden, inner),
+                f"{at}self_attn.qkv.layernorm_weight": (hidden,),
+                f"{at}self_attn.qkv.weight": ((heads + 2 * groups) * d, hidden),
+                f"{at}self_attn.proj.weight": (hidden, heads * d),
+                f"{at}mlp.layernorm_weight": (hidden,),
+                f"{at}mlp.fc1_weight": (2 * inner, hidden),
+                f"{at}mlp.fc2_weight": (hidden, inner),
             }
         config = {
             "num_hidden_layers": layers,

@@ -29,7 +29,7 @@ def test_a_missing_tensor_is_told_with_what_it_is_for(llama: Callable[..., Any])
     assert problem.where == "llama.yaml:22:5"
     assert problem.what == "1 tensor missing from the checkpoint"
     assert problem.details == ("model.layers.1.self_attn.o_proj.weight",)
-    assert problem.expected == "for model.layers.1.self_attention.proj.weight"
+    assert problem.expected == "for model.layers.1.self_attn.proj.weight"
 
 
 def test_half_of_a_concat_that_is_missing_is_told_as_a_part(llama: Callable[..., Any]) -> None:
@@ -38,7 +38,7 @@ def test_half_of_a_concat_that_is_missing_is_told_as_a_part(llama: Callable[...,
         del case.sources[f"model.layers.{layer}.mlp.up_proj.weight"]
     problem = case.problem()
     assert problem.details == ("model.layers.{0,2}.mlp.up_proj.weight",)
-    assert problem.expected == "for model.layers.{0,2}.layernorm_mlp.fc1_weight (one of 2 parts)"
+    assert problem.expected == "for model.layers.{0,2}.mlp.fc1_weight (one of 2 parts)"
 
 
 def test_a_tensor_of_another_name_is_offered(llama: Callable[..., Any]) -> None:
@@ -200,7 +200,7 @@ def test_a_rule_that_matches_nothing_is_told(llama: Callable[..., Any]) -> None:
     problem = case.problem()
     assert problem.where == "llama.yaml:26:5"
     assert problem.what == "the rule matches no parameter of the model (3 names)"
-    assert problem.details == ("model.layers.{0..2}.layernorm_mlp.fc2_weight",)
+    assert problem.details == ("model.layers.{0..2}.mlp.fc2_weight",)
 
 
 def test_a_misspelt_target_is_told_with_the_one_that_was_meant(plan_problems: Problems) -> None:

@@ -208,9 +208,9 @@ def test_a_parameter_that_no_rule_knows_is_an_error(llama: Callable[..., Any]) -
 def test_a_parameter_that_is_gone_is_an_error(llama: Callable[..., Any]) -> None:
     made = llama()
     mapping = parse_mapping(f"version: 1\n{made.text}", name="llama.yaml")
-    gone = "model.layers.2.layernorm_mlp.fc2_weight"
+    gone = "model.layers.2.mlp.fc2_weight"
     del made.targets[gone]
-    with pytest.raises(PlanError, match=r"layernorm_mlp\.fc2_weight"):
+    with pytest.raises(PlanError, match=r"mlp\.fc2_weight"):
         make_export_plan(mapping, config=made.config, targets=made.targets)
 
 

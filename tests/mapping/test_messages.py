@@ -26,7 +26,7 @@ def test_the_message_for_a_missing_part_reads_like_this(llama: Callable[..., Any
 llama.yaml does not fit models/small (1 problem)
 llama.yaml:25:5: 1 tensor missing from the checkpoint
   model.layers.1.mlp.up_proj.weight
-  expected: for model.layers.1.layernorm_mlp.fc1_weight (one of 2 parts)
+  expected: for model.layers.1.mlp.fc1_weight (one of 2 parts)
   fix: the checkpoint is incomplete, or of another model"""
     )
 
@@ -92,5 +92,5 @@ def test_the_message_for_a_source_that_is_wanted_twice_reads_like_this(llama: Ca
 llama.yaml does not fit models/small (1 problem)
 llama.yaml:25:5: 3 tensors of the checkpoint not consumed exactly once: used twice
   model.layers.{0..2}.mlp.gate_proj.weight
-  used for model.layers.{0..2}.layernorm_mlp.fc1_weight"""
+  used for model.layers.{0..2}.mlp.fc1_weight"""
     )

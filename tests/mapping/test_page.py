@@ -508,18 +508,18 @@ def test_the_list_folds_layers_and_finds_names(browser: Browser, write: Write, l
         "model.norm.weight",
         "lm_head.weight",
     ]
-    assert "model.layers.{0..11}.self_attention.layernorm_qkv.weight" in browser.run(names)
+    assert "model.layers.{0..11}.self_attn.qkv.weight" in browser.run(names)
     browser.run("search.value = '7 QKV'; search.dispatchEvent(new Event('input'))")
     assert browser.run(names) == [
-        "model.layers.7.self_attention.layernorm_qkv.layer_norm_weight",
-        "model.layers.7.self_attention.layernorm_qkv.weight",
+        "model.layers.7.self_attn.qkv.layernorm_weight",
+        "model.layers.7.self_attn.qkv.weight",
     ]
     browser.run("document.getElementById('tab-sources').click()")
     assert browser.run("document.getElementById('found').textContent") == "0 of 111"
 
 
 def test_another_layer_is_one_click_away(browser: Browser, write: Write, llama: Callable[..., Any]) -> None:
-    browser.open(write(llama().plan()), "model.layers.0.layernorm_mlp.fc1_weight")
+    browser.open(write(llama().plan()), "model.layers.0.mlp.fc1_weight")
     browser.run(
         "new Promise((done) => { addEventListener('hashchange', () => done(1), { once: true }); "
         "document.querySelector('[aria-label=\"next of layers\"]').click(); })"

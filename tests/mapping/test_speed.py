@@ -35,11 +35,11 @@ sizes: {d: head_dim, g: num_key_value_heads}
 parameters:
   model.embed_tokens.weight: same
   model.layers.{layer}:
-    self_attention.layernorm_qkv.weight:
+    self_attn.qkv.weight:
       interleave: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
       over: g
       sizes: [num_attention_heads * d // g, d, d]
-    self_attention.proj.weight: self_attn.o_proj.weight
+    self_attn.proj.weight: self_attn.o_proj.weight
     mlp.gate.weight: same
     mlp.experts_gate_up:
       any_of:
@@ -64,8 +64,8 @@ for layer in range(layers):
         at + "mlp.gate.weight": (experts, hidden),
     }
     targets |= {
-        at + "self_attention.layernorm_qkv.weight": ((heads + 2 * groups) * d, hidden),
-        at + "self_attention.proj.weight": (hidden, heads * d),
+        at + "self_attn.qkv.weight": ((heads + 2 * groups) * d, hidden),
+        at + "self_attn.proj.weight": (hidden, heads * d),
         at + "mlp.gate.weight": (experts, hidden),
         at + "mlp.experts_gate_up": (experts, 2 * inner, hidden),
         at + "mlp.experts_down": (experts, hidden, inner),

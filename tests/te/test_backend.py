@@ -41,7 +41,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_recent_te_on_a_recent_gpu_is_usable() -> None:
     assert verdict() == TeStatus(usable=True, version="2.20.2", reason="", device="cuda")
     assert verdict(capability=(8, 0)).usable
-    assert verdict(te_version="2.9.0+cu12").usable
+    assert verdict(te_version="2.11.0+cu12").usable
 
 
 def test_a_failed_import_is_the_reason_given_before_any_other() -> None:
@@ -58,7 +58,7 @@ def test_a_gpu_before_ampere_is_not_usable() -> None:
     assert verdict(capability=(7, 5)).reason == expected
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "1.13", "0.0.1"])
+@pytest.mark.parametrize("version", ["2.10.0", "1.13", "0.0.1"])
 def test_a_te_before_2_9_is_not_usable(version: str) -> None:
     assert f"{version} is too old" in verdict(te_version=version).reason
 

@@ -47,7 +47,7 @@ def randomize(module: nn.Module) -> None:
             values = torch.randn_like(parameter, dtype=torch.float32)
             is_matrix = parameter.dim() == 2
             values *= parameter.shape[-1] ** -0.5 if is_matrix else 0.2
-            if name in ("layer_norm_weight", "weight") and not is_matrix:
+            if name in ("layernorm_weight", "weight") and not is_matrix:
                 values += 1
             parameter.copy_(values)
 

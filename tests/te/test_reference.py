@@ -59,7 +59,7 @@ def test_an_mlp_computes_its_activation_with_the_gate_in_the_first_half(activati
     mlp = LayerNormMLP(6, 5, normalization="RMSNorm", activation=activation, eps=1e-6)
     randomize(mlp)
     x = torch.randn(2, 3, 6)
-    normed = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * mlp.layer_norm_weight
+    normed = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * mlp.layernorm_weight
     assert mlp.fc1_bias is not None
     assert mlp.fc2_bias is not None
     fc1 = normed @ mlp.fc1_weight.T + mlp.fc1_bias
@@ -81,10 +81,10 @@ def test_a_norm_is_its_formula_alone_and_before_a_linear(normalization: str, zer
     randomize(norm)
     randomize(linear)
     with torch.no_grad():
-        linear.layer_norm_weight.copy_(norm.weight)
+        linear.layernorm_weight.copy_(norm.weight)
         if isinstance(norm, LayerNorm):
-            assert linear.layer_norm_bias is not None
-            linear.layer_norm_bias.copy_(norm.bias)
+            assert linear.layernorm_bias is not None
+            linear.layernorm_bias.copy_(norm.bias)
     x = torch.randn(2, 3, 6)
     gamma = norm.weight + 1 if zero_centered else norm.weight
     if normalization == "RMSNorm":
@@ -145,7 +145,7 @@ def test_a_swiglu_mlp_is_llamas_norm_and_mlp_with_gate_and_up_stacked() -> None:
     ours = LayerNormMLP(32, 48, eps=1e-6, bias=False, normalization="RMSNorm", activation="swiglu")
     ours.load_state_dict(
         {
-            "layer_norm_weight": norm.weight,
+            "layernorm_weight": norm.weight,
             "fc1_weight": torch.cat((llama.gate_proj.weight, llama.up_proj.weight)),
             "fc2_weight": llama.down_proj.weight,
         }
@@ -183,11 +183,11 @@ def test_new_parameters_are_those_of_te() -> None:
     mlp = LayerNormMLP(256, 256)
     for weight in (mlp.fc1_weight, mlp.fc2_weight, Linear(256, 256).weight):
         assert abs(weight.std().item() - 0.023) < 1e-3
-    for shift in (mlp.layer_norm_bias, mlp.fc1_bias, mlp.fc2_bias):
+    for shift in (mlp.layernorm_bias, mlp.fc1_bias, mlp.fc2_bias):
         assert shift is not None
         assert not shift.any()
-    assert (mlp.layer_norm_weight == 1).all()
-    assert not LayerNormLinear(4, 4, zero_centered_gamma=True).layer_norm_weight.any()
+    assert (mlp.layernorm_weight == 1).all()
+    assert not LayerNormLinear(4, 4, zero_centered_gamma=True).layernorm_weight.any()
     assert not RMSNorm(4, zero_centered_gamma=True).weight.any()
 
 

@@ -287,8 +287,8 @@ def test_a_mask_that_te_would_read_otherwise_is_refused(
 
 
 def test_what_the_reference_cannot_compute_is_refused_when_it_is_built_or_called() -> None:
-    with pytest.raises(UnsupportedError, match="'thd'"):
-        DotProductAttention(HEADS, CHANNELS, qkv_format="thd")
+    with pytest.raises(UnsupportedError, match="'bhsd'"):
+        DotProductAttention(HEADS, CHANNELS, qkv_format="bhsd")
     with pytest.raises(UnsupportedError, match=r"(?s)causal_bottom_right.*'alibi'"):
         DotProductAttention(HEADS, CHANNELS, attn_mask_type="alibi")
     with pytest.raises(UnsupportedError, match="'both'"):
@@ -301,6 +301,13 @@ def test_what_the_reference_cannot_compute_is_refused_when_it_is_built_or_called
         attention(q, k, v, attn_mask_type="alibi")
     with pytest.raises(UnsupportedError, match="2 problems"):
         attention(q, q, q)
+    packed = [tensor.flatten(0, 1) for tensor in (q, k, v)]
+    with pytest.raises(UnsupportedError, match="needs cu_seqlens_q and cu_seqlens_kv"):
+        attention(*packed, qkv_format="thd", attn_mask_type="padding_causal")
+    with pytest.raises(UnsupportedError, match=r"(?s)padding_causal_bottom_right.*'causal'"):
+        attention(*packed, qkv_format="thd")
+    with pytest.raises(UnsupportedError, match="thd with h = "):
+        attention(q, k, v, qkv_format="thd", attn_mask_type="padding_causal")
 
 
 def test_every_mask_type_has_a_full_mask() -> None:

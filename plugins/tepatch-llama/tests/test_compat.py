@@ -89,10 +89,10 @@ def test_a_model_built_in_the_block_is_initialised_as_hugging_face_would(tiny_ll
     with replace_decoder():
         model = LlamaForCausalLM(config)
     layer = model.model.layers[1]
-    for weight in (layer.self_attention.layernorm_qkv.weight, layer.layernorm_mlp.fc2_weight):
+    for weight in (layer.self_attn.qkv.weight, layer.mlp.fc2_weight):
         assert float(weight.detach().std()) == pytest.approx(0.05, rel=0.05)
         assert abs(float(weight.detach().mean())) < 0.002
-    assert torch.equal(layer.layernorm_mlp.layer_norm_weight.cpu(), torch.ones(256))
+    assert torch.equal(layer.mlp.layernorm_weight.cpu(), torch.ones(256))
     assert type(model.model.rotary_emb).__module__ == "tepatch_llama.layer"
 
 

@@ -84,7 +84,7 @@ def test_state_of_fp8_recipes_never_leaves(pair: tuple[Any, Any], tmp_path: Path
     stock, model = pair
     fp8_step(model)
     own = {key for module in model.modules() for key in module._parameters}
-    assert "layer_norm_weight" in own, "these are Transformer Engine's modules"
+    assert "layernorm_weight" in own, "these are Transformer Engine's modules"
     layer = model.model.layers[0]
     assert any(key.endswith("_extra_state") for key in layer.state_dict()), "there is state to leave out"
     assert not any("_extra_state" in key for key in model.state_dict())
@@ -135,7 +135,7 @@ def test_quantized_parameters_are_dequantized_on_the_way_and_it_is_said(pair: tu
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     stock, model = pair
-    layer = model.model.layers[1].self_attention
+    layer = model.model.layers[1].self_attn
     with torch.no_grad(), te.quantized_model_init(recipe=Float8CurrentScaling()):
         quantized = te.Linear(layer.proj.in_features, layer.proj.out_features, bias=False, params_dtype=torch.bfloat16)
         quantized.weight.copy_(layer.proj.weight)

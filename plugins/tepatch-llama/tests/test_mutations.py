@@ -27,7 +27,7 @@ SWAPS = {
         "self_attn.k_proj.weight, self_attn.v_proj.weight]",
         "self_attn.v_proj.weight, self_attn.k_proj.weight]",
     ),
-    "the two norms": ("layer_norm_weight: input_layernorm", "layer_norm_weight: post_attention_layernorm"),
+    "the two norms": ("layernorm_weight: input_layernorm", "layernorm_weight: post_attention_layernorm"),
 }
 
 
@@ -36,8 +36,8 @@ def swapped(name: str, folder: Path) -> Path:
     text = default_host().patch("llama").mapping_path().read_text()
     first, second = SWAPS[name]
     if name == "the two norms":  # exchanged in both places, or the mapping would not even be consistent
-        text = text.replace("layernorm_mlp.layer_norm_weight: post_attention_layernorm", "X: input_layernorm")
-        text = text.replace(first, second).replace("X:", "layernorm_mlp.layer_norm_weight:")
+        text = text.replace("mlp.layernorm_weight: post_attention_layernorm", "X: input_layernorm")
+        text = text.replace(first, second).replace("X:", "mlp.layernorm_weight:")
     else:
         assert first in text
         text = text.replace(first, second)
@@ -98,6 +98,6 @@ def test_an_ignored_cache_shows_in_the_generated_tokens(tiny_llama: Make, save_c
     expected = stock.generate(tokens, max_new_tokens=16, do_sample=False)
     assert torch.equal(model.generate(tokens, max_new_tokens=16, do_sample=False), expected)
     layer = model.model.layers[1]
-    forward = layer.self_attention.forward
-    layer.self_attention.forward = lambda *args, past_key_values=None, **kwargs: forward(*args, **kwargs)
+    forward = layer.self_attn.forward
+    layer.self_attn.forward = lambda *args, past_key_values=None, **kwargs: forward(*args, **kwargs)
     assert not torch.equal(model.generate(tokens, max_new_tokens=16, do_sample=False), expected)

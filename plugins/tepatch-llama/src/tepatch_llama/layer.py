@@ -18,13 +18,14 @@ from transformers.models.llama import modeling_llama as hf
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te import modules
 from tepatch.te.attention import SelfAttention, gated_activation, normal_init
+from tepatch.te.layer import AcceleratedLayer
 from tepatch.te.rope import Float32Rotary
 
 standalone: ContextVar[bool] = ContextVar("standalone", default=False)
 """Whether layers are built outside tepatch's loader, by ``replace_decoder``."""
 
 
-class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
+class LlamaDecoderLayer(AcceleratedLayer, hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, with norms fused into the matrix products."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
@@ -38,7 +39,7 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             )
         nn.Module.__init__(self)  # not Hugging Face's: its parameters would only be in the way
         self.hidden_size = config.hidden_size
-        self.self_attention = SelfAttention(
+        self.self_attn = SelfAttention(  # type: ignore[assignment]
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
@@ -50,7 +51,7 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             dropout=config.attention_dropout or 0.0,
             init_std=config.initializer_range,
         )
-        self.layernorm_mlp = modules().LayerNormMLP(
+        self.mlp = modules().LayerNormMLP(  # type: ignore[assignment]
             config.hidden_size,
             config.intermediate_size,
             eps=config.rms_norm_eps,
@@ -60,10 +61,7 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             init_method=normal_init(config.initializer_range),
             output_layer_init_method=normal_init(config.initializer_range),
         )
-        for module in self.modules():
-            # The backend has initialised them as Hugging Face would. Its own initialiser would set every class
-            # with "LayerNorm" in its name to ones, and LayerNormLinear.weight is the fused QKV.
-            module._is_hf_initialized = True  # type: ignore[assignment]
+        self.mark_as_initialized()
 
     def forward(
         self,
@@ -75,13 +73,15 @@ class LlamaDecoderLayer(hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        hidden_states = hidden_states + self.self_attention(
+        hidden_states = hidden_states + self.self_attn(
             hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
+            position_ids=position_ids,
             past_key_values=past_key_values,
+            **kwargs,
         )
-        out: Tensor = hidden_states + self.layernorm_mlp(hidden_states)
+        out: Tensor = hidden_states + self.mlp(hidden_states)
         return out
 
 

@@ -1,0 +1,77 @@
+"""What tepatch adds to Transformer Engine's attention, on a stand-in for it: copies, pickles, and decoding."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tepatch.te import engine
+
+
+class Theirs(nn.Module):
+    """As Transformer Engine's class: local functions inside, which pickle can not name."""
+
+    def __init__(
+        self, heads: int, channels: int, *, softmax_scale: float | None = None, qkv_format: str = "sbhd"
+    ) -> None:
+        super().__init__()
+        self.heads, self.channels, self.qkv_format = heads, channels, qkv_format
+        self.softmax_type, self.softcap = "vanilla", 0.0
+        self.function = lambda x: x
+        self.calls: list[tuple[bool, ...]] = []
+
+    def forward(self, *tensors: Tensor, **kwargs: Any) -> Tensor:
+        self.calls.append(tuple(tensor.is_contiguous() for tensor in tensors))
+        return tensors[0].flatten(2)
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
+    cls = engine._exact_attention(Theirs)
+    cls.__module__, cls.__qualname__ = engine.__name__, cls.__name__
+    monkeypatch.setattr(engine, "_classes", lambda: (cls,))
+    return cls(4, 8, softmax_scale=0.3, qkv_format="bshd").eval()
+
+
+def notice(module: nn.Module, args: Any) -> None:
+    module.noticed = True  # type: ignore[assignment]
+
+
+def test_a_pickle_makes_the_module_again_with_its_hooks_and_its_mode(attention: Any) -> None:
+    attention.register_forward_pre_hook(notice)
+    other = pickle.loads(pickle.dumps(attention))
+    assert type(other) is type(attention)
+    assert (other.heads, other.channels, other._scale, other.qkv_format) == (4, 8, 0.3, "bshd")
+    assert other.training is False
+    x = torch.zeros(1, 2, 4, 8)
+    other(x, x, x)
+    assert other.noticed
+
+
+def test_a_copy_keeps_all_that_the_module_holds(attention: Any) -> None:
+    attention.calls.append((True,))
+    other = copy.deepcopy(attention)
+    assert other.calls == attention.calls
+    assert other.calls is not attention.calls
+    assert other._scale == 0.3
+
+
+def test_one_query_sees_a_cache_as_it_lies_and_all_else_is_made_contiguous(attention: Any) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 1, 4, 8)
+    key, value = (torch.randn(2, 2, 5, 8).transpose(1, 2) for _ in "kv")
+    out = attention(query, key, value, attn_mask_type="no_mask")
+    assert attention.calls == []
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(2, 2)).mul(0.3).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, value.repeat_interleave(2, 2)).flatten(2)
+    torch.testing.assert_close(out, expected)
+    attention(query, key, value, attn_mask_type="causal_bottom_right")
+    attention(query.expand(2, 3, 4, 8), key, value, attn_mask_type="no_mask")
+    attention(query.clone().requires_grad_(), key, value, attn_mask_type="no_mask")
+    attention.train()(query, key, value, attn_mask_type="no_mask")
+    assert attention.calls == [(True, True, True)] * 4

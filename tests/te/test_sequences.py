@@ -1,0 +1,249 @@
+"""What a mask means: sequence numbers, padding masks and boolean masks, against a mask computed pair by pair."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tepatch.errors import UnsupportedError
+from tepatch.te import resolve
+from tepatch.te.attention import attend
+from tepatch.te.sequences import (
+    EMPTY,
+    Dense,
+    Masked,
+    Varlen,
+    is_plain,
+    layout_of,
+    layout_of_positions,
+    packed_layout,
+    plain_mask,
+    plain_tokens,
+    visible,
+)
+
+HEADS, GROUPS, CHANNELS = 4, 2, 8
+
+
+def numbers(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)[:, None, None]
+
+
+def pair_by_pair(mask: Tensor, num_queries: int, window: int | None) -> Tensor:
+    """[b, 1, queries, keys]: whether a query sees a key, from the words of the module's documentation."""
+    slots = mask[:, 0, 0].tolist()
+    out = torch.zeros(len(slots), 1, num_queries, len(slots[0]), dtype=torch.bool)
+    for row, each in enumerate(slots):
+        written = sum(slot != EMPTY for slot in each)
+        for query in range(num_queries):
+            place = written - num_queries + query
+            for key in range(place + 1):
+                same = each[key] == each[place] > 0
+                out[row, 0, query, key] = same and (window is None or place - key < window)
+    return out
+
+
+LEFT = numbers([0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1])
+RIGHT = LEFT.flip(-1)
+HOLES = numbers([0, 1, 1, 0, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 0, 1])
+PACKED = numbers([1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 2, 2, 2, 2, 2])
+STATIC = numbers([0, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, -1, -1, -1])
+ROOM = numbers([1, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, -1, -1, -1])
+NOTHING = numbers([0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0])
+FINISHED = numbers([1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1])
+
+every_mask = pytest.mark.parametrize(
+    "mask", [LEFT, RIGHT, HOLES, PACKED, STATIC, ROOM, NOTHING, FINISHED], ids=lambda mask: str(mask[0, 0, 0].tolist())
+)
+every_window = pytest.mark.parametrize("window", [None, 1, 3])
+
+
+@every_mask
+@every_window
+@pytest.mark.parametrize("num_queries", [1, 3, 5])
+def test_sequence_numbers_stand_for_the_mask_that_their_documentation_says(
+    mask: Tensor, num_queries: int, window: int | None
+) -> None:
+    assert torch.equal(visible(mask, num_queries, window), pair_by_pair(mask, num_queries, window))
+
+
+@every_mask
+@every_window
+@pytest.mark.parametrize("num_queries", [1, 3, 5])
+def test_attention_by_a_layout_is_attention_under_the_mask(mask: Tensor, num_queries: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    batch, num_keys = mask.shape[0], mask.shape[-1]
+    query = torch.randn(batch, num_queries, HEADS, CHANNELS, requires_grad=True)
+    key, value = (torch.randn(batch, num_keys, GROUPS, CHANNELS, requires_grad=True) for _ in range(2))
+    core = resolve("reference").DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")
+    seen = pair_by_pair(mask, num_queries, window)
+
+    out = attend(core, query, key, value, layout_of(mask, num_queries, num_keys, window=window), window)
+    expected = attend(core, query, key, value, Masked(seen))
+
+    rows = seen.any(dim=-1)[:, 0, :, None]  # what comes out at padding is nobody's
+    torch.testing.assert_close(out * rows, expected * rows, rtol=0, atol=1e-6)
+    assert not (out * ~rows).any()
+    upstream = torch.randn_like(out) * rows
+    inputs, options = (query, key, value), {"allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(out, inputs, upstream, **options)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream, **options), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_queries", "kind"),
+    [
+        (None, 8, Dense(8)),
+        (None, 3, Dense(8)),
+        (ROOM, 3, Dense(5)),
+        (LEFT, 8, Varlen),
+        (RIGHT, 8, Varlen),
+        (PACKED, 8, Varlen),
+        (HOLES, 8, Varlen),
+        (STATIC, 1, Varlen),
+        (LEFT[:, 0, 0] > 0, 8, Varlen),
+        ((LEFT[:, 0, 0] > 0).long(), 8, Varlen),
+    ],
+)
+def test_what_fused_kernels_can_compute_is_not_left_to_a_mask(mask: Any, num_queries: int, kind: Any) -> None:
+    layout = layout_of(mask, num_queries, 8)
+    assert layout == kind if isinstance(kind, Dense) else isinstance(layout, kind)
+
+
+def test_a_window_is_left_to_lengths_only_where_no_padding_lies_between_tokens() -> None:
+    assert isinstance(layout_of(LEFT, 8, 8, window=3), Varlen)
+    assert isinstance(layout_of(HOLES, 8, 8, window=3), Masked)
+
+
+def test_packed_rows_without_padding_are_not_copied() -> None:
+    layout = layout_of(PACKED, 8, 8)
+    assert isinstance(layout, Varlen)
+    assert layout.queries is None
+    assert layout.keys is None
+    assert layout.cu_queries.tolist() == [0, 3, 7, 8, 9, 16]
+    assert (layout.max_queries, layout.max_keys) == (7, 7)
+
+
+def test_a_mask_is_read_once_and_again_after_it_has_changed() -> None:
+    mask = LEFT.clone()
+    first = layout_of(mask, 8, 8)
+    assert layout_of(mask, 8, 8) is first
+    assert layout_of(mask, 8, 8, window=2) is not first
+    mask[0, 0, 0, 0] = 1
+    changed = layout_of(mask, 8, 8)
+    assert isinstance(changed, Varlen)
+    assert changed.cu_queries[1] == 7
+
+
+def test_what_is_remembered_of_a_mask_does_not_keep_it_alive() -> None:
+    for make in (lambda: torch.ones(2, 1, 4, 4, dtype=torch.bool), lambda: torch.zeros(2, 1, 4, 4), LEFT.clone):
+        mask = make()
+        layout_of(mask, 4, mask.shape[-1])
+        gone = weakref.ref(mask)
+        del mask
+        assert gone() is None
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed_layout(starts, starts, 8, (5, 5))
+    gone = weakref.ref(starts)
+    del starts
+    assert gone() is None
+
+
+def test_a_mask_of_inference_mode_is_read_each_time_and_good_for_training_later() -> None:
+    with torch.inference_mode():
+        mask = LEFT.clone()
+        first = layout_of(mask, 8, 8)
+        mask[0, 0, 0, 0] = 1
+        second = layout_of(mask, 8, 8)
+        kept = LEFT[:1] + 0
+    assert isinstance(first, Varlen)
+    assert isinstance(second, Varlen)
+    assert (int(first.cu_queries[1]), int(second.cu_queries[1])) == (6, 7)
+    assert second.queries is not None
+    assert not second.queries.is_inference()
+    layout = layout_of(kept, 8, 8)
+    x = torch.randn(1, 8, HEADS, CHANNELS, requires_grad=True)
+    core = resolve("reference").DotProductAttention(HEADS, CHANNELS, qkv_format="bshd")
+    attend(core, x, x, x, layout).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_buffer_of_starts_is_read_again_after_it_has_changed() -> None:
+    starts, key_starts = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([0, 2, 4], dtype=torch.int32)
+    assert packed_layout(starts, key_starts, 4, (None, None)).max_queries == 2
+    starts.copy_(torch.tensor([0, 1, 4]))
+    with pytest.raises(UnsupportedError, match="the same in cu_seq_lens_k"):
+        packed_layout(starts, key_starts, 4, (None, None))
+    key_starts.copy_(starts)
+    layout = packed_layout(starts, key_starts, 4, (None, None))
+    assert (layout.max_queries, layout.cu_queries.tolist()) == (3, [0, 1, 4])
+    with pytest.raises(UnsupportedError, match="longest packed sequence"):
+        packed_layout(starts, key_starts, 4, (9, 9))
+
+
+def test_a_plain_mask_is_known_without_a_look_also_where_tensors_are_only_imagined() -> None:
+    device = torch.device("cpu")
+    with FakeTensorMode():
+        plain_tokens(3, 5, device)
+    mask = plain_tokens(3, 5, device)
+    assert type(mask) is Tensor
+    assert mask is plain_tokens(3, 5, device)
+    assert mask.all()
+    assert is_plain(mask)
+    assert not is_plain(mask.clone())
+    assert layout_of(plain_mask(3, 5, device), 2, 5) == Dense(5)
+    assert visible(plain_mask(3, 5, device), 5).sum() == 3 * 15
+
+
+def test_a_mask_of_floats_is_taken_if_it_only_hides() -> None:
+    seen = torch.rand(2, 1, 4, 4) < 0.5
+    for lowest in (torch.finfo(torch.float32).min, float("-inf")):
+        layout = layout_of(torch.zeros(2, 1, 4, 4).masked_fill(~seen, lowest), 4, 4)
+        assert isinstance(layout, Masked)
+        assert torch.equal(layout.visible, seen)
+    with pytest.raises(UnsupportedError, match="float32 with values between zero and the minimum"):
+        layout_of(torch.full((2, 1, 4, 4), -1.5), 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (object(), "object"),
+        (torch.ones(2, 5), r"float32 \[2, 5\]"),
+        (torch.ones(2, 3, dtype=torch.long), r"int64 \[2, 3\]"),
+        (torch.ones(2, 1, 3, 5, dtype=torch.bool), r"bool \[2, 1, 3, 5\]"),
+        (torch.ones(2, 1, 4, 5, dtype=torch.int64), r"int64 \[2, 1, 4, 5\]"),
+        (torch.ones(2, 4, 5, dtype=torch.bool), r"bool \[2, 4, 5\]"),
+    ],
+)
+def test_a_mask_of_another_form_is_named(mask: Any, found: str) -> None:
+    with pytest.raises(UnsupportedError, match=found):
+        layout_of(mask, 4, 5)
+
+
+def test_positions_that_begin_again_are_packed_sequences() -> None:
+    layout = layout_of_positions(torch.tensor([[0, 1, 2, 0, 1, 0]]), 2, 6)
+    assert isinstance(layout, Varlen)
+    assert layout.cu_queries.tolist() == [0, 3, 5, 6, 9, 11, 12]
+    for row in ([3, 4, 5, 9, 10, 11], [0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 2, 3], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]):
+        assert layout_of_positions(torch.tensor([row]), 2, 6) == Dense(6), "not one that begins again at 0"
+
+
+def test_packed_sequences_have_to_fit_the_tokens() -> None:
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    layout = packed_layout(starts, starts, 8, (5, 5))
+    assert (layout.max_queries, layout.max_keys) == (5, 5)
+    with pytest.raises(UnsupportedError, match="from 0 to 9"):
+        packed_layout(starts.clone(), starts, 9, (5, 5))
+    with pytest.raises(UnsupportedError, match="the same in cu_seq_lens_k"):
+        packed_layout(starts.clone(), torch.tensor([0, 4, 8]), 8, (5, 5))
+    with pytest.raises(UnsupportedError, match="growing numbers"):
+        packed_layout(torch.tensor([0, 5, 5, 8]), torch.tensor([0, 5, 5, 8]), 8, (5, 5))
+    with pytest.raises(UnsupportedError, match=r"(?s)longest packed sequence.*5.*4"):
+        packed_layout(starts.clone(), starts, 8, (4, 4))
