@@ -184,7 +184,8 @@ def _execute(
     job: Job, device: torch.device | str | None, placement: Placement | None, *, precision: str, progress: bool | None
 ) -> PreTrainedModel:
     is_te = job.modules.name == "te"
-    target = _device(device, is_te) if placement is None else placement.main
+    default = "cuda" if is_te else "cpu"
+    target = check_device(default if device is None else device) if placement is None else placement.main
     if is_te and target.type != "cuda":
         raise BackendError(
             Problem(
@@ -228,23 +229,3 @@ def _execute(
     if placement is not None:
         placement.dispatch(job.model)
     return job.model
-
-
-def _device(device: torch.device | str | None, is_te: bool) -> torch.device:
-    if device is None:
-        device = "cuda" if is_te else "cpu"
-    try:
-        out = torch.device(device)
-        if out.type == "cuda" and out.index is None:
-            out = torch.device("cuda", torch.cuda.current_device())
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any
-        raise BackendError(
-            Problem(
-                where=f"device={device}",
-                what="this device can not be used",
-                found=str(error).splitlines()[0],
-                fix="pass a device that torch has here, or leave device out",
-            )
-        ) from None
-    check_device(out)
-    return out

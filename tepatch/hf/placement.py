@@ -152,11 +152,14 @@ def place(
     return Placement(device_map=places, main=_device(main), folder=_folder(places, dtypes, offload_folder))
 
 
-def check_device(device: torch.device) -> None:
-    """Raise ``BackendError`` for a device that can not hold values here."""
+def check_device(device: Any) -> torch.device:
+    """The device that is meant, a GPU with its number. Raises ``BackendError`` for one that holds no values here."""
     try:
-        torch.zeros(1, device=device).item()  # a device may exist and still hold no values
-    except (RuntimeError, AssertionError) as error:  # torch raises either
+        out = torch.device(device)
+        if out.type == "cuda" and out.index is None:
+            out = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=out).item()  # a device may exist and still hold no values
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them
         raise BackendError(
             Problem(
                 where=f"device={device}",
@@ -165,6 +168,7 @@ def check_device(device: torch.device) -> None:
                 fix="pass a device that torch has here, or leave it out",
             )
         ) from None
+    return out
 
 
 def launch_where_weights_are(model: PreTrainedModel) -> None:
