@@ -83,10 +83,8 @@ def mask_for_layers(
             )
         )
     device = torch.device(kwargs.get("device", "cpu")) if attention_mask is None else attention_mask.device
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # what is made here is remembered as long as it is not written to
+    # What is made here is remembered as long as it is not written to, which tensors of inference mode do not tell.
+    with torch.inference_mode(False), torch.no_grad():
         tokens = None
         if attention_mask is not None and not is_plain(attention_mask):
             tokens = attention_mask[:, start : start + written] != 0
@@ -109,9 +107,8 @@ def spare_the_question(module: torch.nn.Module, args: tuple[Any, ...], kwargs: d
     itself. To read the answer from a GPU stops the host in every step until all work before is done.
     """
     is_plain = len(args) <= 1 and not any(kwargs.get(name) is not None for name in _NOT_PLAIN)
-    tokens = next(
-        (each for each in (*args, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if each is not None), None
-    )
+    given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens = next((each for each in given if each is not None), None)
     if not is_plain or not isinstance(tokens, Tensor) or tokens.dim() < 2 or torch.compiler.is_compiling():
         return None
     config: Any = module.config
@@ -120,7 +117,7 @@ def spare_the_question(module: torch.nn.Module, args: tuple[Any, ...], kwargs: d
     return args, {**kwargs, "attention_mask": plain_tokens(tokens.shape[0], tokens.shape[1], tokens.device)}
 
 
-_NOT_PLAIN = ("attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q")
+_NOT_PLAIN = ("attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def attention_of_stock_modules(
