@@ -27,6 +27,7 @@ from tepatch.hf.config import told
 from tepatch.hf.languages import patched_names
 from tepatch.hf.model import named_tensors
 from tepatch.mapping.names import fold
+from tepatch.te.devices import brought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,8 +175,9 @@ def check_device(device: Any) -> torch.device:
 def launch_where_weights_are(model: PreTrainedModel) -> None:
     """Make every layer compute on its own GPU, whichever is torch's current one.
 
-    Transformer Engine launches its kernels on the current GPU, not on that of its tensors (2.20.2). Hooks are put on
-    the layers only where there is more than one GPU to confuse.
+    Transformer Engine launches its kernels on the current GPU, not on that of its tensors (2.20.2). Masks and tables of
+    positions are brought along, once for all layers of a GPU. Hooks are put on the layers only where there is more
+    than one GPU to confuse.
     """
     if torch.cuda.device_count() < 2:
         return
@@ -183,8 +185,12 @@ def launch_where_weights_are(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ in layers:
             current = _CurrentGpu()
-            module.register_forward_pre_hook(current.enter)
+            module.register_forward_pre_hook(current.enter, with_kwargs=True)
             module.register_forward_hook(current.leave, always_call=True)
+
+
+_COMMON = ("attention_mask", "position_embeddings", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Arguments that are the same for many layers."""
 
 
 class _CurrentGpu:
@@ -194,14 +200,19 @@ class _CurrentGpu:
         # By thread: DataParallel calls copies of a layer, which share its hooks, in a thread for each GPU.
         self.before: dict[int, list[int]] = {}
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         current = torch.cuda.current_device()
         self.before.setdefault(threading.get_ident(), []).append(current)
         wanted = _gpu_of(module)
         if wanted is None:  # those copies have no parameters that can be listed
             wanted = next((each.device.index for each in args if isinstance(each, torch.Tensor) and each.is_cuda), None)
-        if wanted is not None and wanted != current:
+        if wanted is None:
+            return None
+        if wanted != current:
             torch.cuda.set_device(wanted)
+        device = torch.device("cuda", wanted)
+        common = {name: brought(kwargs[name], device) for name in _COMMON if name in kwargs}
+        return args, {**kwargs, **common}
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         entered = self.before.get(threading.get_ident())

@@ -152,6 +152,7 @@ class SelfAttention(nn.Module):
             if attention_mask is None and tokens > 1 and past_key_values.is_compileable:
                 # Other attention implementations than ours say nothing of the empty slots of a static cache.
                 num_keys = int(past_key_values.get_seq_length(self.layer_idx)) + tokens
+            _order_copies(past_key_values, key.device)
             # A cache holds [batch, heads, tokens, head_dim], after rotation.
             cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
             key, value = (states.transpose(1, 2) for states in cached)
@@ -218,6 +219,16 @@ class SelfAttention(nn.Module):
         lengths = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
         layout: Layout = packed_layout(starts, starts if key_starts is None else key_starts, num_queries, lengths, mask)
         return layout
+
+
+def _order_copies(cache: Cache, device: torch.device) -> None:
+    """Let an offloaded cache fetch the next layer's keys only after what was computed so far.
+
+    Hugging Face's has a stream for fetching, for which the computing one waits, but not the other way round: where the
+    host is ahead, it fetches keys that are not yet stored, into memory that attention still reads.
+    """
+    if getattr(cache, "offloading", False) and device.type == "cuda":
+        cache.prefetch_stream.wait_stream(torch.cuda.current_stream(device))
 
 
 def attend(

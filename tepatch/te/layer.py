@@ -79,7 +79,7 @@ class AcceleratedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _forget_registrations(self)
+        _register_again(self)
 
     def extra_repr(self) -> str:
         return f"precision={self.precision}" if self.precision is not None else ""
@@ -262,17 +262,24 @@ def _inside_another(context: AbstractContextManager[Any], recipe: Any) -> Iterat
         yield
 
 
-def _forget_registrations(copied: nn.Module) -> None:
+def _register_again(copied: nn.Module) -> None:
     """Make the modules of a copy register their scales anew.
 
     A module notes in itself that Transformer Engine has its scales in the lists of those to be updated. A copy has
-    the note, and scales that are in no list: they would never be updated.
+    the note, and scales that are in no list: they would never be updated. And pickle gives every tensor a memory of
+    its own, so that a quantizer would record what it saw where no one looks.
     """
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")
     if quantization is None:
         return
     registered = quantization.FP8GlobalStateManager.get_buffer_info()
     for module in copied.modules():
-        if isinstance(notes := module.__dict__.get("fp8_meta"), dict):
-            notes.pop(registered, None)
-            notes.pop("global_fp8_buffer_pos_fwd_recompute", None)
+        if not isinstance(notes := module.__dict__.get("fp8_meta"), dict):
+            continue
+        notes.pop(registered, None)
+        notes.pop("global_fp8_buffer_pos_fwd_recompute", None)
+        quantizers: dict[str, Any] = module.__dict__.get("quantizers", {})
+        for key in quantizers:
+            state: Any = notes.get(key)
+            if hasattr(state, "amax_history"):
+                quantizers[key] = state.make_quantizers()

@@ -85,10 +85,15 @@ def take_rows(cos: Tensor, sin: Tensor, rows: Tensor, batch: int) -> tuple[Tenso
     taken = _taken.get(cos)  # type: ignore[no-untyped-call]
     if taken is None or taken[0] is not rows:
         picked = [table.expand(batch, -1, -1).flatten(0, 1).index_select(0, rows)[None] for table in (cos, sin)]
-        if cos in _angles:
-            _angles[picked[0]] = None
+        same_angles(picked[0], cos)
         taken = _taken[cos] = (rows, picked[0], picked[1])
     return taken[1], taken[2]
+
+
+def same_angles(copy: Tensor, cos: Tensor) -> None:
+    """Know of a copy of cosines what is known of them."""
+    if cos in _angles:
+        _angles[copy] = None
 
 
 @outside_graphs

@@ -95,7 +95,7 @@ def layout_of(mask: Tensor | None, num_queries: int, num_keys: int, *, window: i
     if mask.dim() == 4 and mask.dtype == torch.bool:
         return _masked(mask, num_queries, num_keys)
     key = (num_queries, num_keys, window)
-    return _remembered(mask, key, lambda: _read(mask, num_queries, num_keys, window))
+    return remembered(mask, key, lambda: _read(mask, num_queries, num_keys, window))
 
 
 def plain_tokens(batch: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -109,6 +109,12 @@ def plain_tokens(batch: int, num_tokens: int, device: torch.device) -> Tensor:
 def plain_mask(batch: int, num_tokens: int, device: torch.device) -> Tensor:
     """The sequence numbers ``[batch, 1, 1, num_tokens]`` of rows that are one sequence each, known in the same way."""
     return _make_plain((batch, 1, 1, num_tokens), FIRST, torch.int32, device)
+
+
+def plain_on(mask: Tensor, device: torch.device) -> Tensor:
+    """What a plain mask is on another device."""
+    value = True if mask.dtype == torch.bool else FIRST
+    return _make_plain(tuple(mask.shape), value, mask.dtype, device)
 
 
 def is_plain(mask: Tensor) -> bool:
@@ -133,8 +139,8 @@ def packed_layout(
             raise UnsupportedError(
                 Problem(where=name, what="this can not be where sequences begin", expected="int32 [n + 1]", found=found)
             )
-    ends: list[int] = _remembered(cu_queries, "ends", cu_queries.tolist)
-    key_ends: list[int] = _remembered(cu_keys, "ends", cu_keys.tolist)
+    ends: list[int] = remembered(cu_queries, "ends", cu_queries.tolist)
+    key_ends: list[int] = remembered(cu_keys, "ends", cu_keys.tolist)
     steps = [end - start for start, end in pairwise(ends)]
     if not steps or ends[0] != 0 or ends[-1] != num_tokens or min(steps) < 1 or key_ends != ends:
         raise UnsupportedError(
@@ -156,7 +162,7 @@ def packed_layout(
                 found=", ".join(map(str, sorted(wrong))),
             )
         )
-    if mask is not None and not _remembered(mask, ("says", tuple(ends)), lambda: _says(mask, ends, num_tokens)):
+    if mask is not None and not remembered(mask, ("says", tuple(ends)), lambda: _says(mask, ends, num_tokens)):
         raise UnsupportedError(
             Problem(
                 where="attention_mask",
@@ -164,7 +170,7 @@ def packed_layout(
                 fix="pass one of them: packed sequences need no mask",
             )
         )
-    own: Tensor = _remembered(cu_queries, "starts", lambda: cu_queries.to(torch.int32, copy=True))
+    own: Tensor = remembered(cu_queries, "starts", lambda: cu_queries.to(torch.int32, copy=True))
     return Varlen(None, None, own, own, longest, longest)
 
 
@@ -183,7 +189,7 @@ def layout_of_positions(position_ids: Tensor, batch: int, num_tokens: int) -> La
         numbers = torch.nn.functional.pad(restarts.cumsum(-1), (1, 0)) + FIRST
         return _read_numbers(numbers.to(torch.int32).expand(batch, -1)[:, None, None], num_tokens, None)
 
-    return _remembered(position_ids, (batch, num_tokens), read)
+    return remembered(position_ids, (batch, num_tokens), read)
 
 
 def visible(numbers: Tensor, num_queries: int, window: int | None = None) -> Tensor:
@@ -265,7 +271,7 @@ def _masked(mask: Tensor, num_queries: int, num_keys: int) -> Masked:
     return Masked(mask)
 
 
-def _remembered(tensor: Tensor, key: Any, compute: Callable[[], T]) -> T:
+def remembered(tensor: Tensor, key: Any, compute: Callable[[], T]) -> T:
     """``compute()``, once for as long as ``tensor`` lives and is not written to.
 
     A tensor of inference mode does not tell when it is written to, and is looked at again. Nothing that is kept is

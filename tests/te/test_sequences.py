@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tepatch.errors import UnsupportedError
-from tepatch.te import resolve
+from tepatch.te import resolve, rope
 from tepatch.te.attention import attend
+from tepatch.te.devices import brought
 from tepatch.te.sequences import (
     EMPTY,
     Dense,
@@ -247,3 +248,23 @@ def test_packed_sequences_have_to_fit_the_tokens() -> None:
         packed_layout(torch.tensor([0, 5, 5, 8]), torch.tensor([0, 5, 5, 8]), 8, (5, 5))
     with pytest.raises(UnsupportedError, match=r"(?s)longest packed sequence.*5.*4"):
         packed_layout(starts.clone(), starts, 8, (4, 4))
+
+
+def test_what_is_known_of_a_mask_goes_along_to_another_device() -> None:
+    there = torch.device("meta")
+    plain = plain_mask(2, 5, torch.device("cpu"))
+    moved = brought(plain, there)
+    assert moved.device == there
+    assert is_plain(moved)
+    mask = numbers([1, 1, 2, 2])
+    assert brought(mask, there) is brought(mask, there)
+    before = brought(mask, there)
+    mask[..., 1] = 2
+    assert brought(mask, there) is not before
+    assert brought(mask, torch.device("cpu")) is mask
+    cos, sin = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    rope._angles[cos] = None
+    table, other = brought((cos, sin), there)
+    assert table in rope._angles
+    assert other not in rope._angles
+    assert brought(None, there) is None
