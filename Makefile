@@ -12,7 +12,8 @@ VENV := .venv
 OLDEST_VENV := .venv-5.17
 STAMP := $(VENV)/.torch-$(TORCH)-transformers-$(TRANSFORMERS)
 OLDEST_STAMP := $(OLDEST_VENV)/.torch-$(TORCH)-transformers-$(OLDEST_TRANSFORMERS)
-PROJECTS := pyproject.toml plugins/tepatch-llama/pyproject.toml
+PLUGINS := $(sort $(wildcard plugins/*))
+PROJECTS := pyproject.toml $(PLUGINS:=/pyproject.toml)
 CHECKPOINT := .demo/SmolLM2-135M-Instruct
 
 # Everything is on disk: transformers must never wait for a network.
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-oldest lint fix clean
+.PHONY: help demo test pytest test-all test-oldest lint fix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -33,6 +34,8 @@ test: lint pytest  ## lint, then run every test
 # Listed after lint in `test`, and ordered after it under `make -j` too.
 pytest: $(STAMP) | lint
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: test test-oldest  ## run every test with the newest and the oldest transformers: takes long
 
 test-oldest: $(OLDEST_STAMP)  ## run every test with the oldest transformers that is supported
 	@$(OLDEST_VENV)/bin/python -m pytest $(ARGS)
@@ -69,6 +72,6 @@ rm -f $(1)/.torch-* && \
 echo "torch==$(TORCH)" > $(1)/constraints.txt && \
 $(1)/bin/python -m pip install -qq torch==$(TORCH) && \
 $(1)/bin/python -m pip install -qq -c $(1)/constraints.txt \
-    -e ".[demo,dev]" -e plugins/tepatch-llama transformers==$(2) && \
+    -e ".[demo,dev]" $(PLUGINS:%=-e %) transformers==$(2) && \
 touch $@
 endef

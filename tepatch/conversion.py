@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from tepatch.checkpoint.listing import parse_json
 from tepatch.checkpoint.manifest import MANIFEST, STEM, Manifest, Original, printable
 from tepatch.checkpoint.staging import Staging
 from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.hf.config import AutoClass
 from tepatch.job import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
 from tepatch.mapping import Plan
 from tepatch.mapping.plan import is_convertible
@@ -103,6 +104,8 @@ def convert(
     overwrite: bool = False,
     mapping: str | PathLike[str] | None = None,
     config: PreTrainedConfig | None = None,
+    auto_class: AutoClass = None,
+    drop: Sequence[str] = (),
     variant: str | None = None,
     subfolder: str = "",
     revision: str | None = None,
@@ -114,8 +117,8 @@ def convert(
 
     By default ``to`` is the layout that ``source`` is not in. Arguments that ``load`` has too mean the same. A
     checkpoint in the layout of the layers carries a manifest, and ``load`` takes it as it is; converted back it is
-    the original, bit for bit, with the original's dtypes unless ``dtype`` says otherwise. Layouts that the patch
-    knows besides are read too.
+    the original, bit for bit, with the original's dtypes unless ``dtype`` says otherwise; what ``drop`` names does not
+    come back, and with an ``auto_class`` both are of that class. Layouts that the patch knows besides are read too.
 
     ``destination`` must not exist, unless ``overwrite`` replaces it as a whole, and appears when it is complete. A
     run that was killed goes on where it was when it is started again with the same arguments. Memory: one tensor for
@@ -132,10 +135,21 @@ def convert(
     resolved = find_patch(patch, config, plugins)
     # Parameters of a checkpoint of parameters are what they are; to convert back, ``dtype`` is that of the original's.
     target_dtype = checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype
-    with settle(resolved, config, checkpoint, dtype=target_dtype, backend="reference", mapping=mapping) as job:
+    with settle(
+        resolved,
+        config,
+        checkpoint,
+        dtype=target_dtype,
+        backend="reference",
+        mapping=mapping,
+        auto_class=auto_class,
+        drop=drop,
+    ) as job:
         layout = _wanted(to, job)
         plan = _plan(job, layout, dtype)
-    files, left = _companions(checkpoint, job.dtype if layout == NATIVE else _only_dtype(plan), given)
+    written_dtype = job.dtype if layout == NATIVE else _only_dtype(plan)
+    other_class = "" if auto_class is None else type(job.model).__name__
+    files, left = _companions(checkpoint, written_dtype, given, other_class)
     host = plugins if plugins is not None else default_host()
     if layout == NATIVE:
         sizes = {file: stamp.size for file, stamp in checkpoint.stamps.items()}
@@ -258,11 +272,12 @@ def _only_dtype(plan: Plan) -> torch.dtype | None:
 
 
 def _companions(
-    checkpoint: FolderCheckpoint, dtype: torch.dtype | None, config: PreTrainedConfig | None
+    checkpoint: FolderCheckpoint, dtype: torch.dtype | None, config: PreTrainedConfig | None, other_class: str
 ) -> tuple[dict[str, bytes], list[str]]:
     """All that belongs to the model beside its weights, as it is, and notes.
 
-    Only the config says another dtype, if it is one, or is the ``config`` that was passed.
+    Only the config says another dtype, if it is one, and the class that was asked for (``other_class``), or is the
+    ``config`` that was passed.
     """
     folder = checkpoint.config_folder
     files, notes = companions(folder)
@@ -277,12 +292,18 @@ def _companions(
     if config is not None:
         files["config.json"] = config.to_json_string().encode()
         notes.append("config.json is the config that was passed")
-    if "config.json" in files and dtype is not None:
+    if "config.json" in files and (dtype is not None or other_class):
         data = parse_json(files["config.json"], where=str(folder / "config.json"), subject="text")
+        changes: dict[str, Any] = {}
         said, wanted = data.get("dtype", data.get("torch_dtype")), str(dtype).removeprefix("torch.")
-        if said != wanted:
+        if dtype is not None and said != wanted:
             data.pop("torch_dtype", None)
-            files["config.json"] = (json.dumps({**data, "dtype": wanted}, indent=2) + "\n").encode()
+            changes["dtype"] = wanted
+        if other_class and data.get("architectures") != [other_class]:
+            # Else transformers would look for the tensors of the class that it was, and draw what it does not find.
+            changes["architectures"] = [other_class]
+        if changes:
+            files["config.json"] = (json.dumps({**data, **changes}, indent=2) + "\n").encode()
     return files, notes
 
 

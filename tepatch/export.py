@@ -25,6 +25,7 @@ from tepatch.hf.model import named_tensors
 from tepatch.hf.placement import offloaded
 from tepatch.job import AUTO, parameter_dtype
 from tepatch.mapping import Plan
+from tepatch.mapping.base import respell
 from tepatch.storing import MAX_SHARD_SIZE, Outline, companions
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def save(
     started = time.perf_counter()
     report = report_of(model)
     code = "" if isinstance(dtype, str) and dtype == AUTO else dtype_code(parameter_dtype(dtype, model.config)) or ""
-    plan = export_plan(model, dtype=code)
+    plan = respell(export_plan(model, dtype=code), report.spelling)
     tensors, away, notes = named_tensors(model), offloaded(model), []
     plain = (torch.Tensor, torch.nn.Parameter)
     kinds = Counter(kind.__name__ for kind in (type(tensors[name]) for name in plan.reads) if kind not in plain)

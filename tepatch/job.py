@@ -1,15 +1,18 @@
 """Everything that has to be settled before a byte of a weight moves: for loading, converting and certifying alike.
 
 ``settle`` finds the layout that a checkpoint is in and makes two plans. ``relation`` is how the original checkpoint's
-tensors and the model's parameters belong together: what a model is saved by. ``reading`` is what is executed to
+tensors and the model's parameters belong together: what it is converted back by. ``reading`` is what is executed to
 fill the parameters: the same plan, unless the checkpoint is in another layout than the original's.
+
+A checkpoint may spell names otherwise than the stock model in memory does (a prefix more or less). ``relation`` and
+``reading`` have the checkpoint's names; ``stock``, which a model speaks and is saved by, has the stock model's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -21,14 +24,17 @@ import torch
 from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem
-from tepatch.hf.config import ConfigFields, model_class, read_config
+from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
+from tepatch.hf.heads import Completed, chosen
 from tepatch.hf.model import build_on_meta, target_specs
+from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import requirement_problems
+from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
 from tepatch.mapping.names import fold
 from tepatch.mapping.native import make_native_plan
-from tepatch.mapping.rules import source_names
+from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
 from tepatch.te import BackendName, Modules, use_backend
@@ -58,6 +64,12 @@ class Job:
     """Original checkpoint and parameters."""
     reading: Plan
     """This checkpoint and parameters. The same object as ``relation`` when this checkpoint is in that layout."""
+    stock: Plan
+    """Parameters and the stock model's own tensors: ``relation`` in the names that transformers has in memory."""
+    spelling: Mapping[str, str]
+    """The stock model's name -> the checkpoint's, where they differ."""
+    is_wrapped: bool
+    """Whether the mapping reads the config of the language model that a model wraps."""
     layout: str
     """``hf``, ``te``, or the name of one of the patch's other layouts."""
     others: Callable[[], tuple[Plan, ...]]
@@ -77,20 +89,27 @@ def settle(
     dtype: torch.dtype | str,
     backend: BackendName,
     mapping: str | PathLike[str] | None,
+    auto_class: AutoClass = None,
+    fresh: Iterable[str] = (),
+    drop: Iterable[str] = (),
 ) -> Iterator[Job]:
     """Build on meta and plan, with the backend in force for as long as the block lasts.
 
-    Without a checkpoint, fresh weights take its place.
+    Without a checkpoint, fresh weights take its place. ``auto_class``, ``fresh`` and ``drop`` are as ``load`` has them.
     """
     wanted = parameter_dtype(dtype, config, checkpoint)
     # A user's file is named as the user named it, so that file:line:column can be clicked.
     path = patch.mapping_path() if mapping is None else Path(mapping)
     rules = read_mapping(path, name=None if mapping is None else str(mapping))
-    fields = ConfigFields(config)
+    is_wrapped = serves_inside(patch, config)
+    fields = ConfigFields(text_config(config) if is_wrapped else config)
     if problems := requirement_problems(rules, fields):
         where = checkpoint.location if checkpoint else "config"
         raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
-    cls = model_class(config)
+    # Parameters are of the class that they were converted for, whatever a config says or does not say.
+    manifest = None if checkpoint is None else checkpoint.manifest
+    stated = "" if manifest is None else manifest.model_class
+    cls = model_class(config, auto_class, stated=stated)
     with use_backend(backend) as modules:
         started = time.perf_counter()
         if checkpoint is None:
@@ -98,17 +117,27 @@ def settle(
         model, replaced = build_on_meta(cls, config, dtype=wanted, replacements=patch.replacements())
         built = time.perf_counter()
         targets, ties = target_specs(model, wanted)
-        planner = _Planner(patch, rules, fields, checkpoint, targets, ties, is_own=mapping is None)
+        places = _Places(model, rules, targets, ties)
+        dropped: list[str] = []
+        notes: tuple[str, ...] = ()
+        if fresh or drop:
+            stock = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
+            checkpoint, dropped, notes = _completed(places, rules, checkpoint, stock, fresh, drop)
+        planner = _Planner(patch, rules, fields, checkpoint, places, dropped, notes, is_own=mapping is None)
         relation, reading, layout = planner.plans()
         if relation is not reading:
             relation = replace(relation, notes=reading.notes)
+        spelling = places.seen(rules, relation.sources).spelling
         yield Job(
             patch=patch,
             model=model,
             modules=modules,
-            rules=rules,
+            rules=places.stock(rules),
             relation=relation,
             reading=reading,
+            stock=respell(relation, spelling.stock()),
+            spelling=spelling.names,
+            is_wrapped=is_wrapped,
             layout=layout,
             others=planner.others,
             checkpoint=checkpoint,
@@ -118,14 +147,110 @@ def settle(
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Rules where their base sits in one checkpoint and in the model."""
+
+    rules: Rules
+    source: str
+    """The base's path in the checkpoint."""
+    rest: Mapping[str, str]
+    """The checkpoint's name of each parameter outside the base that has another there."""
+    spelling: Spelling
+
+
+class _Places:
+    """Where in a model the part is that rules are about, and where it is in a checkpoint."""
+
+    def __init__(
+        self, model: PreTrainedModel, rules: Rules, targets: Mapping[str, TensorSpec], ties: Mapping[str, str]
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.ties = ties
+        names = (*targets, *ties)
+        where = type(model).__name__
+        self.base = find_base(rules, names, side="target", default=rules.base or "", where=where)
+        self._outside = [name for name in names if not is_below(name, self.base)]
+
+    def seen(self, rules: Rules, names: Collection[str], where: str = "") -> _Seen:
+        """``rules`` for a checkpoint with these ``names``. Raises ``PlanError`` if the base may be in two places."""
+        source = find_base(rules, names, side="source", default=self.base, where=where)
+        inside = below(rules, names, source)
+        others = [name for name in names if name not in inside]
+        # In a checkpoint of a model that wraps this one, the head is beside the base: where the base's path begins.
+        around = source.removesuffix(f".{self.base}") if self.base and source.endswith(f".{self.base}") else ""
+        rest = spelt_names(self.model, self._outside, others, around=around) if rules.rest else {}
+        return _Seen(
+            rules=move_base(rules, source=source, target=self.base),
+            source=source,
+            rest=rest,
+            spelling=spell(rest, inside, target=self.base if rules.base is not None else None),
+        )
+
+    def stock(self, rules: Rules) -> Rules:
+        """``rules`` in the stock model's own names."""
+        return move_base(rules, source=self.base, target=self.base)
+
+
+def _completed(
+    places: _Places,
+    rules: Rules,
+    checkpoint: Checkpoint,
+    stock: FreshWeights,
+    fresh: Iterable[str],
+    drop: Iterable[str],
+) -> tuple[Checkpoint, list[str], tuple[str, ...]]:
+    """The checkpoint with what the caller wants to be fresh, what is dropped of it, and notes that say so."""
+    if checkpoint.manifest is not None:
+        raise PlanError(
+            Problem(
+                where="fresh, drop",
+                what="a checkpoint in the layout of the layers holds the parameters of one model, all of them",
+                found=str(checkpoint.config_folder / MANIFEST),
+                fix="load the original with fresh and drop, or convert this one back to hf first",
+            )
+        )
+    model_class, where = type(stock.stock).__name__, checkpoint.location
+    aliases = places.seen(rules, checkpoint.tensors, where).spelling.stock()
+    names = {name: aliases.get(name, name) for name in checkpoint.tensors}
+    dropped = chosen(drop, names, argument="drop", of="the checkpoint")
+    made = chosen(fresh, {name: name for name in stock.tensors}, argument="fresh", of=model_class)
+    kept = [name for name in checkpoint.tensors if name not in dropped]
+    seen = places.seen(rules, kept, where)
+    inside = below(rules, made, places.base)
+    here: dict[str, str] = {}  # a rule looks for a tensor at the checkpoint's place of the base
+    for name in made:
+        here[joined(seen.source, inside[name]) if name in inside else seen.rest.get(name, name)] = name
+    if held := [name for name in kept if name in here]:
+        raise PlanError(
+            Problem(
+                where="fresh",
+                what="the checkpoint has these tensors",
+                details=tuple(fold(held, 12)),
+                fix="leave them out of fresh to load them, or give them to drop as well to replace them",
+            )
+        )
+    notes = []
+    if made:
+        notes.append(f"not read but drawn, as a new {model_class} has them: {', '.join(fold(made, 12))}")
+    if replaced := [name for name in dropped if name in here]:
+        notes.append(f"the checkpoint's own of these were dropped by the caller: {', '.join(fold(replaced, 12))}")
+    left = [name for name in dropped if name not in here]
+    return (Completed(checkpoint, stock, here) if here else checkpoint), left, tuple(notes)
+
+
 @dataclass(frozen=True)
 class _Planner:
     patch: Patch
     rules: Rules
     fields: ConfigFields
     checkpoint: Checkpoint
-    targets: Mapping[str, TensorSpec]
-    ties: Mapping[str, str]
+    places: _Places
+    dropped: Collection[str]
+    """Tensors of the checkpoint that the caller does not want."""
+    choices: tuple[str, ...]
+    """What the caller has chosen, as notes."""
     is_own: bool
     """Whether the rules are the patch's own, and its other layouts may be tried."""
 
@@ -156,24 +281,33 @@ class _Planner:
                 out.append(self._export({}, self._layout_rules(layout)))
         return tuple(out)
 
+    def _seen(self, rules: Rules) -> _Seen:
+        names = [name for name in self.checkpoint.tensors if name not in self.dropped]
+        return self.places.seen(rules, names, self.checkpoint.location)
+
     def _plan(self, rules: Rules) -> Plan:
+        seen = self._seen(rules)
         return make_plan(
-            rules,
+            seen.rules,
             config=self.fields,
             sources=self.checkpoint.tensors,
-            targets=self.targets,
-            ties=self.ties,
+            targets=self.places.targets,
+            ties=self.places.ties,
+            spelling=seen.rest,
+            dropped=self.dropped,
             patch=self.patch.name,
             location=self.checkpoint.location,
             notes=self._notes(),
         )
 
     def _export(self, like: Mapping[str, TensorSpec], rules: Rules | None = None) -> Plan:
+        seen = self.places.seen(rules or self.rules, like, self.checkpoint.location)
         return make_export_plan(
-            rules or self.rules,
+            seen.rules,
             config=self.fields,
-            targets=self.targets,
-            ties=self.ties,
+            targets=self.places.targets,
+            ties=self.places.ties,
+            spelling=seen.rest,
             like=like,
             keep_dtypes=True,
             patch=self.patch.name,
@@ -181,7 +315,8 @@ class _Planner:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        return tuple(f"{name} is also in the folder and was not read" for name in self.checkpoint.also_present)
+        unread = (f"{name} is also in the folder and was not read" for name in self.checkpoint.also_present)
+        return (*self.choices, *unread)
 
     def _layout_rules(self, layout: str) -> Rules:
         return read_mapping(self.patch.mapping_path(layout))
@@ -193,7 +328,7 @@ class _Planner:
             candidates |= {layout: self._layout_rules(layout) for layout in self.patch.layouts}
         known = {}
         for layout, rules in candidates.items():
-            patterns = [name.pattern for name in source_names(rules)]
+            patterns = [name.pattern for name in source_names(self._seen(rules).rules)]
             known[layout] = sum(any(p.match(name) for p in patterns) for name in self.checkpoint.tensors)
         return max(known, key=lambda layout: known[layout])  # the first of equals
 
@@ -269,23 +404,35 @@ def given_config(config: Any, checkpoint: Checkpoint | None) -> PreTrainedConfig
 
 
 def find_patch(patch: str | Patch, config: PreTrainedConfig, plugins: PluginHost | None) -> Patch:
+    """The patch of that name, or with "auto" the one for the config's type.
+
+    For a model that wraps a language model and has no patch of its own, that is the patch for what it wraps.
+    """
+    inside = text_config(config).model_type
     if not isinstance(patch, Patch):
         host = plugins if plugins is not None else default_host()
         if patch == AUTO:
-            return host.patch_for_model_type(config.model_type)
+            served = {kind for each in host.patches.values() for kind in each.model_types}
+            is_inside = config.model_type not in served and inside in served
+            return host.patch_for_model_type(inside if is_inside else config.model_type)
         patch = host.patch(patch)
-    if patch.model_types and config.model_type not in patch.model_types:
+    if patch.model_types and config.model_type not in patch.model_types and not serves_inside(patch, config):
         # Look-alikes load without an error and compute something else (a window, a scale, a norm).
         raise PlanError(
             Problem(
                 where="config.model_type",
                 what=f"the patch '{patch.name}' is not made for models of this type",
                 expected=" or ".join(patch.model_types),
-                found=config.model_type,
+                found=config.model_type + (f", which wraps {inside}" if inside != config.model_type else ""),
                 fix="use the patch for this type (tepatch plugins lists them), or 'auto'",
             )
         )
     return patch
+
+
+def serves_inside(patch: Patch, config: PreTrainedConfig) -> bool:
+    """Whether a patch is not for models of this config, but for the language model that they wrap."""
+    return config.model_type not in patch.model_types and text_config(config).model_type in patch.model_types
 
 
 def parameter_dtype(

@@ -7,6 +7,7 @@ with the patch's layers, make the plan. ``plan`` stops there; ``load`` and ``bui
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ import torch
 from tepatch.checkpoint import open_checkpoint, torch_dtype
 from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.execute import load_tensors
+from tepatch.hf.config import AutoClass
 from tepatch.hf.fresh import FreshWeights
+from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
 from tepatch.hf.projections import install_projections
@@ -46,6 +49,9 @@ def load(
     precision: Any = None,
     mapping: str | PathLike[str] | None = None,
     config: PreTrainedConfig | None = None,
+    auto_class: AutoClass = None,
+    fresh: Sequence[str] = (),
+    drop: Sequence[str] = (),
     variant: str | None = None,
     subfolder: str = "",
     revision: str | None = None,
@@ -63,7 +69,11 @@ def load(
     "disk" keep their weights there and compute on the first GPU of the map. ``backend`` is ``"auto"``, ``"te"`` or
     ``"reference"``. ``precision`` is what the layers compute their matrix products in (see ``set_precision``);
     None leaves it to the ``te.autocast`` around the model. ``mapping`` replaces the patch's mapping file by one of
-    yours. ``variant``, ``subfolder``, ``revision`` and ``use_safetensors`` mean what they mean to ``from_pretrained``.
+    yours. ``auto_class`` is the class to build, one of transformers' auto classes or a model class, or the name of
+    either ("AutoModelForSequenceClassification"); None reads ``config.architectures``. ``fresh`` are tensors that the
+    checkpoint does not have and that are drawn as transformers draws them, by the stock model's names or the modules
+    that they are in; ``drop`` are tensors of the checkpoint that are left out. ``variant``, ``subfolder``,
+    ``revision`` and ``use_safetensors`` mean what they mean to ``from_pretrained``.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
     ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError`` or ``PlanError``;
@@ -76,7 +86,17 @@ def load(
     )
     config = given_config(config, checkpoint)
     resolved = find_patch(patch, config, plugins)
-    with settle(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
+    with settle(
+        resolved,
+        config,
+        checkpoint,
+        dtype=dtype,
+        backend=backend,
+        mapping=mapping,
+        auto_class=auto_class,
+        fresh=fresh,
+        drop=drop,
+    ) as job:
         set_generation_config(job.model, checkpoint.config_folder)
         text = "" if precision is None else apply_precision(job.model, request)
         placement = _placement(job, device, device_map, max_memory, offload_folder)
@@ -99,6 +119,7 @@ def build(
     backend: BackendName = AUTO,
     precision: Any = None,
     mapping: str | PathLike[str] | None = None,
+    auto_class: AutoClass = None,
     plugins: PluginHost | None = None,
 ) -> PreTrainedModel:
     """Make a patched model with fresh weights, initialised as Hugging Face initialises the same architecture.
@@ -109,7 +130,7 @@ def build(
     """
     request = read_precision(precision)
     resolved = find_patch(patch, given_config(config, None), plugins)
-    with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping) as job:
+    with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping, auto_class=auto_class) as job:
         text = "" if precision is None else apply_precision(job.model, request)
         return _execute(job, device, None, precision=text, progress=False)
 
@@ -122,6 +143,9 @@ def plan(
     backend: BackendName = AUTO,
     mapping: str | PathLike[str] | None = None,
     config: PreTrainedConfig | None = None,
+    auto_class: AutoClass = None,
+    fresh: Sequence[str] = (),
+    drop: Sequence[str] = (),
     variant: str | None = None,
     subfolder: str = "",
     revision: str | None = None,
@@ -137,7 +161,17 @@ def plan(
     )
     config = given_config(config, checkpoint)
     resolved = find_patch(patch, config, plugins)
-    with settle(resolved, config, checkpoint, dtype=dtype, backend=backend, mapping=mapping) as job:
+    with settle(
+        resolved,
+        config,
+        checkpoint,
+        dtype=dtype,
+        backend=backend,
+        mapping=mapping,
+        auto_class=auto_class,
+        fresh=fresh,
+        drop=drop,
+    ) as job:
         return job.reading
 
 
@@ -194,7 +228,7 @@ def _execute(
                 fix="leave device out, or pass backend='reference'",
             )
         )
-    if isinstance(job.checkpoint, FreshWeights):
+    if isinstance(job.checkpoint, FreshWeights | Completed):
         job.checkpoint.device = target
     if target.type == "cuda":
         gc.collect()  # a patched model refers to itself: one that was deleted may still hold the memory needed now
@@ -210,7 +244,9 @@ def _execute(
         device=str(target) if placement is None else ", ".join(placement.devices),
         dtype=str(job.dtype).removeprefix("torch."),
         precision=precision,
-        plan=job.relation,
+        plan=job.stock,
+        spelling=job.spelling if type(job.model).__name__ in (job.model.config.architectures or ()) else {},
+        is_wrapped=job.is_wrapped,
         others=job.others(),
         rules=job.rules,
         layout=job.layout,
@@ -223,7 +259,7 @@ def _execute(
     )
     add_hooks(job.model)
     attach(job.model)
-    install_projections(job.model, job.relation)
+    install_projections(job.model, job.stock)
     if is_te:
         launch_where_weights_are(job.model)
     if placement is not None:

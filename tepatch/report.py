@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -28,7 +29,11 @@ class Report:
     """What the layers compute their matrix products in, as ``load`` or the last ``set_precision`` said; empty if that
     is left to the ``te.autocast`` around the model."""
     plan: Plan
-    """How the parameters and the original checkpoint's tensors belong together."""
+    """How the parameters and the original checkpoint's tensors belong together, by the stock model's names for them."""
+    spelling: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The stock model's name -> the checkpoint's, where they differ and a save has the checkpoint's."""
+    is_wrapped: bool = False
+    """Whether the rules read the config of the language model inside the model's own."""
     others: tuple[Plan, ...] = field(repr=False)
     """The same for other layouts that state dicts may come in."""
     rules: Rules = field(repr=False)
@@ -66,7 +71,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data (the plan included)."""
         out = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("plan", "others", "rules")
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("plan", "others", "rules", "spelling")
         }
         return {**out, "plan": self.plan.to_json()}
 

@@ -18,7 +18,7 @@ import torch
 
 from tepatch.checkpoint import open_checkpoint
 from tepatch.errors import CheckpointError, PlanError, Problem
-from tepatch.hf.config import read_config
+from tepatch.hf.config import AutoClass, read_config
 from tepatch.job import AUTO
 from tepatch.loading import load
 from tepatch.patch import Patch
@@ -146,11 +146,12 @@ def verify(
     device: torch.device | str | None = None,
     backend: BackendName = AUTO,
     mapping: str | PathLike[str] | None = None,
+    auto_class: AutoClass = None,
 ) -> Verification:
     """Load a checkpoint with the patch and with transformers, and compare their logits over ``token_ids``.
 
     ``token_ids`` is ``[batch, tokens]``. The other arguments are those of ``load``, and so are the errors. The
-    models are loaded one after the other.
+    models are loaded one after the other. Raises ``PlanError`` also for a class whose models give no logits.
     """
     if Path(location).is_file():
         raise CheckpointError(
@@ -176,7 +177,16 @@ def verify(
                 fix="use the checkpoint's own tokenizer",
             )
         )
-    model = load(patch, location, dtype=dtype, device=device, backend=backend, mapping=mapping, progress=False)
+    model = load(
+        patch,
+        location,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        mapping=mapping,
+        auto_class=auto_class,
+        progress=False,
+    )
     report: Report = model.tepatch  # type: ignore[assignment]
     used, where = next(model.parameters()).dtype, next(model.parameters()).device
     cls = type(model)
@@ -206,7 +216,17 @@ def verify(
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
+        out = model.eval()(input_ids=ids.to(model.device), use_cache=False)
+    logits: torch.Tensor | None = getattr(out, "logits", None)
+    if logits is None:
+        raise PlanError(
+            Problem(
+                where=type(model).__name__,
+                what="models of this class give no logits to compare",
+                found=", ".join(out),
+                fix="choose a class with one head (auto_class='AutoModelForCausalLM')",
+            )
+        )
     return logits.float().cpu()
 
 

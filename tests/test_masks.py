@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 import tepatch
 from tepatch.errors import UnsupportedError
 from tepatch.hf import attention
-from tepatch.te.sequences import is_plain, visible
+from tepatch.te.attention import SelfAttention
+from tepatch.te.sequences import Varlen, direction, is_plain, layout_of, visible
 
 BATCH, TOKENS = 3, 6
 SIZES = {
@@ -148,8 +153,8 @@ def test_bidirectional_attention_is_never_taken_for_causal() -> None:
     config._attn_implementation = attention.NAME
     mask = create_causal_mask(config, torch.zeros(BATCH, TOKENS, 32), None, None)
     assert mask is not None
-    assert mask.dtype == torch.bool
-    assert mask.all()
+    assert direction(mask) is False
+    assert visible(mask, TOKENS).all()
 
 
 @pytest.mark.parametrize("mask", [None, padding(2, 6, 5)])
@@ -312,3 +317,53 @@ def test_a_mask_beside_the_places_of_packed_sequences_has_to_say_the_same(
 def test_a_batch_of_nothing_gives_nothing(tiny_llama: Any, save_checkpoint: Any) -> None:
     model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference")
     assert model(torch.zeros(0, 5, dtype=torch.long)).logits.shape == (0, 5, 128)
+
+
+def test_attention_both_ways_goes_by_lengths_where_there_is_padding() -> None:
+    """On an encoder and on a causal layer alike: the mask says which way."""
+    config = LlamaConfig(**SIZES)
+    config._attn_implementation = attention.NAME
+    mask = create_bidirectional_mask(config, torch.zeros(BATCH, TOKENS, 32), padding(2, 6, 5))
+    assert direction(mask) is False
+    layout = layout_of(mask, TOKENS, TOKENS)
+    assert isinstance(layout, Varlen)
+    torch.manual_seed(0)
+    hidden = torch.randn(BATCH, TOKENS, 32)
+    tokens = padding(2, 6, 5).bool()
+    for is_causal in (True, False):
+        options = {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "layer_idx": 0}
+        module = SelfAttention(**options, norm_eps=1e-5, is_causal=is_causal)
+        out = module(hidden, attention_mask=mask, position_embeddings=None)
+        expected = module(
+            hidden, attention_mask=tokens[:, None, None].expand(-1, 1, TOKENS, -1), position_embeddings=None
+        )
+        torch.testing.assert_close(out[tokens], expected[tokens], rtol=0, atol=1e-5)
+        # What the last token holds reaches the first one.
+        later = hidden.clone()
+        later[0, tokens[0].nonzero()[-1]] += 1
+        first = tokens[0].nonzero()[0]
+        moved = module(later, attention_mask=mask, position_embeddings=None)[0, first]
+        assert (moved - out[0, first]).abs().max() > 1e-4
+
+
+def test_a_mask_for_both_ways_is_refused_by_a_layer_with_a_causal_window() -> None:
+    config = LlamaConfig(**SIZES)
+    config._attn_implementation = attention.NAME
+    mask = create_bidirectional_mask(config, torch.zeros(BATCH, TOKENS, 32), padding(2, 6, 5))
+    options = {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "layer_idx": 0}
+    module = SelfAttention(**options, norm_eps=1e-5, window=4)
+    with pytest.raises(UnsupportedError, match="both ways"):
+        module(torch.randn(BATCH, TOKENS, 32), attention_mask=mask, position_embeddings=None)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(TOKENS, TOKENS), (3, TOKENS), (1, TOKENS)])
+def test_a_stock_module_keeps_its_window_where_there_is_no_mask(num_queries: int, num_keys: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(BATCH, 2, num_queries, 16)
+    key, value = (torch.randn(BATCH, 2, num_keys, 16) for _ in range(2))
+    given = {"scaling": 0.25, "sliding_window": 4}
+    out, _ = attention.attention_of_stock_modules(torch.nn.Module(), query, key, value, None, **given)
+    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None]
+    bias = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= 4), float("-inf"))
+    expected = ((query @ key.transpose(-1, -2) * 0.25 + bias).softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)

@@ -19,7 +19,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from tepatch.errors import Problem, UnsupportedError
-from tepatch.te.sequences import EMPTY, FIRST, PADDING, Dense, is_plain, layout_of, plain_mask, plain_tokens, visible
+from tepatch.te.sequences import (
+    BOTH_WAYS,
+    CAUSAL,
+    EMPTY,
+    FIRST,
+    PADDING,
+    Dense,
+    direction,
+    is_plain,
+    layout_of,
+    plain_mask,
+    plain_tokens,
+    visible,
+)
 from tepatch.te.tracing import outside_graphs
 
 NAME = "tepatch"
@@ -39,10 +52,10 @@ def mask_for_layers(
 ) -> Tensor | None:
     """The mask that layers get, for a batch of which Hugging Face tells the sizes and the rule.
 
-    None if every token sees all before it and nobody has said so; sequence numbers, int32 ``[b, 1, 1, kv_length]``, if
-    there is a mask, packing, or room left in a cache; else (a rule that is not causal, or not known) the boolean
-    ``[b, 1, q_length, kv_length]`` of "sdpa". Raises ``UnsupportedError`` for an ``attention_mask`` that is not
-    ``[b, tokens]``.
+    None if every token sees all before it and nobody has said so; sequence numbers ``[b, 1, 1, kv_length]``, if there
+    is a mask, packing, or room left in a cache (int32), or every token sees all (int64); else (a rule that is not
+    known) the boolean ``[b, 1, q_length, kv_length]`` of "sdpa". Raises ``UnsupportedError`` for an
+    ``attention_mask`` that is not ``[b, tokens]``.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UnsupportedError(
@@ -62,7 +75,7 @@ def mask_for_layers(
                 found=str(list(attention_mask.shape)),
             )
         )
-    packed = _packing(mask_function)
+    packed, is_causal = _packing(mask_function)
     start = int(kv_offset)
     written = int(q_offset) + q_length - start
     if packed is None or not q_length <= written <= kv_length:
@@ -92,8 +105,11 @@ def mask_for_layers(
                 tokens = None
         if tokens is None and not packed and written == kv_length:
             # Told that all are tokens, layers need not look at positions; and must not, as the stock model's do not.
-            return plain_mask(batch_size, kv_length, device) if is_told else None
-        numbers = torch.full((batch_size, kv_length), EMPTY, dtype=torch.int32, device=device)
+            if is_causal and not is_told:
+                return None
+            return plain_mask(batch_size, kv_length, device, is_causal=is_causal)
+        kind = CAUSAL if is_causal else BOTH_WAYS
+        numbers = torch.full((batch_size, kv_length), EMPTY, dtype=kind, device=device)
         numbers[:, :written] = packed[0] + FIRST if packed else FIRST
         if tokens is not None:
             numbers[:, :written].masked_fill_(~tokens, PADDING)
@@ -128,39 +144,44 @@ def attention_of_stock_modules(
     Shapes are Hugging Face's: query ``[b, h, q, d]``, key and value ``[b, kv heads, k, d]``; out ``[b, q, h, d]``.
     """
     window = kwargs.get("sliding_window")
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        if window is None and layout_of(attention_mask, query.shape[2], key.shape[2]) == Dense(key.shape[2]):
-            attention_mask = None
-        else:
-            attention_mask = visible(attention_mask, query.shape[2], window)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:
-        # SDPA's own causal mask begins at the first key, our "no mask" ends at the last.
-        full = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        attention_mask = full.tril(key.shape[2] - query.shape[2])[None, None]
-    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and (told := direction(attention_mask)) is not None:
+        if window is None and layout_of(attention_mask, query.shape[2], key.shape[2]) == Dense(key.shape[2]):
+            attention_mask, is_causal = None, told
+        else:
+            attention_mask = visible(attention_mask, query.shape[2], window)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    has_window = window is not None and num_keys > window
+    if attention_mask is None and is_causal and (has_window or 1 < num_queries < num_keys):
+        # SDPA's own causal mask has no window and begins at the first key, our "no mask" ends at the last.
+        numbers = torch.full((1, 1, 1, num_keys), FIRST, dtype=CAUSAL, device=query.device)
+        attention_mask = visible(numbers, num_queries, window)
+    out: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **{**kwargs, "is_causal": is_causal}
+    )
     return out
 
 
-def _packing(rule: Callable[..., Any]) -> tuple[Tensor, ...] | None:
-    """The sequence numbers ``[b, tokens]`` by which ``rule`` is causal within sequences; () for one sequence.
+def _packing(rule: Callable[..., Any]) -> tuple[tuple[Tensor, ...] | None, bool]:
+    """The sequence numbers ``[b, tokens]`` within which ``rule`` lets tokens see each other; () for one sequence.
 
-    None for any other rule. Hugging Face composes rules of closures. Those that it makes for causal attention (also
-    with a window, which a layer knows itself) and for packed rows are recognised by name; nothing else is.
+    And whether it is causal. None for any other rule. Hugging Face composes rules of closures. Those that it makes for
+    causal attention (also with a window, which a layer knows itself), for packed rows, and for attention both ways are
+    recognised by name; nothing else is.
     """
     found: list[Tensor] = []
-    is_causal = False
-    for leaf in _leaves(rule):
-        name = _name(leaf)
-        if name == "causal_mask_function":
-            is_causal = True
-        elif name == "packed_sequence_mask_function.<locals>.inner_mask":
+    leaves = list(_leaves(rule))
+    names = [_name(leaf) for leaf in leaves]
+    if names == ["bidirectional_mask_function"]:
+        return (), False
+    for name, leaf in zip(names, leaves, strict=True):
+        if name == "packed_sequence_mask_function.<locals>.inner_mask":
             found.append(_captured(leaf, "packed_sequence_mask"))
-        elif name != "sliding_window_overlay.<locals>.inner_mask":
-            return None
-    is_known = is_causal and all(isinstance(numbers, Tensor) for numbers in found) and len(found) <= 1
-    return tuple(found) if is_known else None
+        elif name not in ("causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"):
+            return None, False
+    is_known = all(isinstance(numbers, Tensor) for numbers in found) and len(found) <= 1
+    return (tuple(found) if is_known and "causal_mask_function" in names else None), True
 
 
 def _leaves(rule: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +11,12 @@ from tepatch.errors import CheckpointError, PlanError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from tepatch.report import Report
+
+
+AutoClass = str | type | None
+"""One of transformers' auto classes, a model class, or the name of either; None for the checkpoint's own."""
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -36,15 +42,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that Hugging Face would build: the config's own architecture, else the causal LM of its type.
+def model_class(config: PreTrainedConfig, auto_class: AutoClass = None, *, stated: str = "") -> type[PreTrainedModel]:
+    """The class that Hugging Face would build: what ``auto_class`` has for this config, if there is one.
 
-    Raises ``PlanError`` if transformers has no such class.
+    Else it is the class ``stated`` beside the weights, else the config's own architecture, else the causal LM of its
+    type (of an encoder: the masked LM).
+    ``auto_class`` is one of transformers' auto classes, a model class, or the name of either. Raises ``PlanError`` if
+    transformers has no such class.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    for name in config.architectures or ():
+    if auto_class is not None:
+        return _asked_for(auto_class, config)
+    for name in (stated, *(config.architectures or ())):
         cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             if not isinstance(config, cls.config_class or ()):
@@ -57,17 +68,75 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
                     )
                 )
             return cls
-    try:
-        return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
-    except KeyError:
+    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForMaskedLM]
+    if getattr(config, "is_decoder", None) is False:  # an encoder that could be a decoder, and is asked not to be
+        kinds.reverse()
+    for kind in kinds:
+        if type(config) in kind._model_mapping:
+            return cast("type[PreTrainedModel]", kind._model_mapping[type(config)])
+    raise PlanError(
+        Problem(
+            where="config.json",
+            what=f"transformers has no model for model_type '{config.model_type}'",
+            found=f"architectures = {config.architectures}",
+            fix="install a transformers that knows it, or say which class: auto_class='AutoModel...'",
+        )
+    )
+
+
+def _asked_for(auto_class: str | type, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class that a caller's ``auto_class`` stands for."""
+    import transformers
+
+    asked = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
+    name = auto_class if isinstance(auto_class, str) else getattr(auto_class, "__name__", repr(auto_class))
+    if isinstance(asked, type) and issubclass(asked, transformers.PreTrainedModel):
+        if isinstance(config, asked.config_class or ()):
+            return asked
         raise PlanError(
             Problem(
-                where="config.json",
-                what=f"transformers has no model for model_type '{config.model_type}'",
-                found=f"architectures = {config.architectures}",
-                fix="install a transformers that knows it",
+                where="auto_class",
+                what=f"{name} is not a class for this config",
+                expected=getattr(asked.config_class, "__name__", "a class with a config of its own"),
+                found=type(config).__name__,
             )
-        ) from None
+        )
+    classes = getattr(asked, "_model_mapping", None)
+    if classes is None:
+        raise PlanError(
+            Problem(
+                where="auto_class",
+                what="not a class that models are made by",
+                expected="'AutoModelForSequenceClassification' or another auto class of transformers, or a model class",
+                found=repr(auto_class),
+            )
+        )
+    if type(config) not in classes:
+        raise PlanError(
+            Problem(
+                where="auto_class",
+                what=f"{name} has no model for model_type '{config.model_type}'",
+                fix="choose another class, or leave auto_class out to read config.architectures",
+            )
+        )
+    found = classes[type(config)]
+    choices: Sequence[type[PreTrainedModel]] = found if isinstance(found, list | tuple) else (found,)
+    named = config.architectures or ()
+    return next((cls for cls in choices if cls.__name__ in named), choices[0])
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model inside a model that wraps one; ``config`` itself if it is no such model's."""
+    try:
+        found: PreTrainedConfig = config.get_text_config()
+    except ValueError:  # several: then none of them is the language model
+        return config
+    return found
+
+
+def fields_for(report: Report, config: PreTrainedConfig) -> ConfigFields:
+    """The fields of a patched model's config as its rules read them."""
+    return ConfigFields(text_config(config) if report.is_wrapped else config)
 
 
 class ConfigFields(Mapping[str, Any]):

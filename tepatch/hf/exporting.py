@@ -6,7 +6,7 @@ the config is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from tepatch.assembly import same_bits
 from tepatch.errors import PlanError, Problem, SaveError
-from tepatch.hf.config import ConfigFields
+from tepatch.hf.config import fields_for
 from tepatch.hf.model import build_on_meta, target_specs
 from tepatch.hf.placement import offloaded
 from tepatch.mapping import Plan, Spec, make_export_plan
 from tepatch.mapping.names import fold
+from tepatch.mapping.rules import is_below
 from tepatch.report import Report
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def export_plan(model: PreTrainedModel, *, dtype: str = "") -> Plan:
     report = report_of(model)
     targets, ties = target_specs(model, None)
     _tie_again(model, report.plan, targets, ties)
+    _check_outside(model, report, targets, ties)
     try:
         plan = make_export_plan(
             report.rules,
-            config=ConfigFields(model.config),
+            config=fields_for(report, model.config),
             targets=targets,
             ties=ties,
             like={name: spec for name, spec in report.plan.sources.items() if spec.state != "ignored"},
@@ -116,6 +118,49 @@ def _changes(before: Plan, now: Mapping[str, Spec]) -> Iterator[Problem]:
             fix="take out what was added (unload or merge adapters), or save the parameters under their own names: "
             "with tepatch.hf.state.patched_names(): torch.save(model.state_dict(), path)",
         )
+
+
+def _check_outside(
+    model: PreTrainedModel, report: Report, targets: Mapping[str, Spec], ties: Mapping[str, str]
+) -> None:
+    """What is outside the rules' base must be what the stock model has there for the config as it is now.
+
+    ``rest: same`` is for the stock model's own parameters, and would take in whatever was added since.
+    """
+    base = report.rules.base
+    if base is None or report.rules.rest is None:
+        return
+
+    def outside(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
+        return {name: tied.get(name, "") for name in names if not is_below(name, base)}
+
+    now = outside((*targets, *ties), ties)
+    # A model that was wrapped or sharded may be of a class that was made of its own.
+    cls = next(each for each in type(model).__mro__ if each.__name__ == report.model_class)
+    stock, _ = build_on_meta(cls, model.config, dtype=torch.float32)
+    specs, stock_ties = target_specs(stock, None)
+    wanted = outside((*specs, *stock_ties), stock_ties)
+    if now == wanted:
+        return
+    problems = list(_changes(report.plan, {**dict.fromkeys(ties, Spec((), "")), **targets}))
+    problems += [
+        Problem(
+            where="model",
+            what=f"{name} is {'tied to ' + now[name] if now[name] else 'a parameter of its own'} in the model",
+            expected=f"tied to {wanted[name]}, by the config"
+            if wanted[name]
+            else "a parameter of its own, by the config",
+            fix="change model.config together with the parameters (tie_word_embeddings)",
+        )
+        for name in now.keys() & wanted.keys()
+        if now[name] != wanted[name]
+    ]
+    raise PlanError(problems or [_unlike(cls)], heading=_CHANGED)
+
+
+def _unlike(cls: type) -> Problem:
+    fix = "change model.config together with the parameters"
+    return Problem(where="model", what=f"its parameters are not those that {cls.__name__} has for this config", fix=fix)
 
 
 def _is_patched(wrapper: object, path: str) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from tepatch.checkpoint import ShardReader, TensorInfo
 from tepatch.errors import LoadError, Problem
-from tepatch.hf.model import is_poisoned, poisoned, target_specs
+from tepatch.hf.model import initializer_of, is_poisoned, poisoned, target_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,8 +78,9 @@ class FreshWeights:
                 if buffer is not None:
                     module._buffers[name] = poisoned(buffer, self.device)
         with torch.no_grad():
-            for module in reversed(list(block.modules())):  # children before parents, as transformers does
-                self.stock._init_weights(module)  # type: ignore[no-untyped-call]
+            for path, module in reversed(list(block.named_modules())):  # children before parents, as transformers does
+                where = ".".join(part for part in (file, path) if part)
+                initializer_of(self.stock, where)._init_weights(module)  # type: ignore[no-untyped-call]
         yield _Block(file, block)
 
 

@@ -1,6 +1,10 @@
 """The two languages of a patched model: names of the checkpoint's tensors, and of the model's own parameters.
 
-A plan is the dictionary. What is translated are groups of tensors that share elements, all of a group or none, so
+A plan is the dictionary. For some architectures the stock model has other names in memory than in its checkpoints
+(experts lie apart on disk, and are one parameter in memory): a state dict then has those in memory, as the stock
+model's has.
+
+What is translated are groups of tensors that share elements, all of a group or none, so
 that no element ever has two names. A tensor that is the same on both sides needs no translation.
 """
 
@@ -13,18 +17,24 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from tepatch.assembly import put
 from tepatch.errors import PlanError, Problem
-from tepatch.hf.model import EXTRA_STATE
+from tepatch.hf.config import fields_for
+from tepatch.hf.model import EXTRA_STATE, build_on_meta, target_specs
+from tepatch.mapping import Spec, make_export_plan
 from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Copy, Plan
 from tepatch.mapping.views import Pair, source_strides
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 own_names: ContextVar[bool] = ContextVar("own_names", default=False)
 """Whether state dicts are given and taken in the parameters' own names."""
@@ -102,6 +112,45 @@ class Names:
 def names_of(module: nn.Module) -> Names:
     """The names of a patched model, which carries its report as ``module.tepatch``."""
     return names_in(plan_of(module))
+
+
+def memory_names_of(module: nn.Module) -> Names:
+    """The names of a patched model, with the stock model's parameters in the place of the checkpoint's tensors.
+
+    The same as ``names_of`` where transformers converts no names between the two, or the mapping does not know them.
+    """
+    if module not in _in_memory:
+        _in_memory[module] = _memory_names(module)
+    return _in_memory[module]
+
+
+_in_memory: WeakKeyDictionary[nn.Module, Names] = WeakKeyDictionary()
+
+
+def _memory_names(module: nn.Module) -> Names:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    names, model, report = names_of(module), cast("PreTrainedModel", module), cast("Any", module).tepatch
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return names
+    # A model that was wrapped or sharded may be of a class that was made of its own.
+    cls = next(each for each in type(model).__mro__ if each.__name__ == report.model_class)
+    stock, _ = build_on_meta(cls, model.config, dtype=torch.float32)
+    specs, _ = target_specs(stock, None)
+    entries = names.plan.targets
+    try:
+        plan = make_export_plan(
+            report.rules,
+            config=fields_for(report, model.config),
+            targets={name: Spec(each.shape, each.dtype) for name, each in entries.items() if each.state != "tied"},
+            ties={name: each.tied_to for name, each in entries.items() if each.state == "tied"},
+            like=specs,
+            patch=report.patch,
+            location=report.plan.location,
+        )
+    except PlanError:  # the config has been changed since: what is saved now is for whoever saves
+        return names
+    return names_in(plan) if plan.sources.keys() == specs.keys() else names
 
 
 def names_for(module: nn.Module, given: Set[str]) -> Names:

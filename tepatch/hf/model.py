@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from tepatch.hf import attention
 from tepatch.hf.config import told
 from tepatch.mapping.plan import Plan, Spec
 from tepatch.replace import Replacement, replace_layers
+from tepatch.te.layer import AcceleratedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -155,7 +156,7 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
             assert meta is not None
             module._buffers[name] = poisoned(meta, torch.device("cpu"))
         with torch.no_grad():
-            model._init_weights(module)  # type: ignore[no-untyped-call]
+            initializer_of(model, path)._init_weights(module)  # type: ignore[no-untyped-call]
         for name in names:
             buffer = module._buffers[name]
             assert buffer is not None
@@ -168,6 +169,18 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
                     )
                 )
             module._buffers[name] = buffer.to(device)
+
+
+def initializer_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The model whose initialiser is for the module at ``path``: the innermost of the models around it."""
+    from transformers import PreTrainedModel
+
+    found, module = model, cast("nn.Module", model)
+    for part in path.split(".") if path else ():
+        module = module.get_submodule(part)
+        if isinstance(module, PreTrainedModel):
+            found = module
+    return found
 
 
 def poisoned(like: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -190,7 +203,8 @@ def add_hooks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
-            if any(isinstance(child, nn.ModuleList) for child in module.children()):  # it runs the layers itself
+            lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
+            if any(isinstance(layer, AcceleratedLayer) for child in lists for layer in child):  # it runs them itself
                 module.register_forward_pre_hook(attention.spare_the_question, with_kwargs=True)
 
 

@@ -13,7 +13,7 @@ from tepatch.assembly import check_constants
 from tepatch.checkpoint.manifest import MANIFEST
 from tepatch.errors import PlanError, Problem, SaveError, UnsupportedError
 from tepatch.hf.exporting import check_present, export_plan, report_of
-from tepatch.hf.languages import Names, is_extra_state, names_in, patched_names, readable, translate
+from tepatch.hf.languages import Names, is_extra_state, memory_names_of, names_in, patched_names, readable, translate
 from tepatch.hf.model import named_tensors
 from tepatch.hf.placement import Readers, offloaded
 from tepatch.mapping.names import fold
@@ -36,6 +36,7 @@ def save_pretrained(
     ``state_dict`` may have Hugging Face's names or the parameters' own. Raises ``PlanError`` naming what has been
     removed from the model or added to it, and ``SaveError`` if the plan's constants are none any more.
     """
+    is_fresh = report_of(model).config_folder is None
     if not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are saved
         _refuse_converted_folder(save_directory)
         plan, away = _plan_for(model, state_dict), offloaded(model)
@@ -50,8 +51,10 @@ def save_pretrained(
         state_dict = translated(names, state_dict)
         check_translated(names, state_dict)
     # Our names are a checkpoint's. Transformers takes the names of a state dict for those of its own class in
-    # memory, and would turn them into a checkpoint's once more where the two differ (fused experts, prefixes).
-    kwargs["save_original_format"] = False
+    # memory, and would turn them into a checkpoint's once more where the two differ (fused experts, prefixes). Fresh
+    # weights come from such a class, and are saved as it would save them.
+    if not is_fresh:
+        kwargs["save_original_format"] = False
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -63,22 +66,24 @@ def _plan_for(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> P
     try:
         return export_plan(model).reverse()
     except PlanError:
-        plan = report_of(model).plan
-        if state_dict is None or not _is_all_of(plan, state_dict):
+        plan, memory = report_of(model).plan, memory_names_of(model).plan
+        if state_dict is None or not _is_all_of((plan.targets, plan.sources, memory.sources), state_dict):
             raise
         return plan
 
 
-def _is_all_of(plan: Plan, state_dict: Mapping[str, Any]) -> bool:
-    """Whether these are all tensors that ``plan`` knows on one of its sides, in its shapes, and nothing else."""
+def _is_all_of(sides: tuple[Mapping[str, Any], ...], state_dict: Mapping[str, Any]) -> bool:
+    """Whether these are all tensors that a plan knows on one of its sides, in its shapes, and nothing else.
+
+    The parameters come first.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
-    sides: tuple[Mapping[str, Any], ...] = (plan.targets, plan.sources)
     for side in sides:
         needed = {
             name: entry.shape for name, entry in side.items() if entry.state not in ("tied", "redundant", "ignored")
         }
         extra = {name: shape for name, shape in shapes.items() if name not in needed}
-        if needed.items() <= shapes.items() and all(name in plan.targets for name in extra):
+        if needed.items() <= shapes.items() and all(name in sides[0] for name in extra):
             return True
     return False
 

@@ -29,8 +29,8 @@ from tepatch.hf.languages import (
     gives_own_names,
     is_extra_state,
     is_whole,
+    memory_names_of,
     names_for,
-    names_of,
     own_names,
     patched_names,
     readable,
@@ -76,7 +76,7 @@ def give_their_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     for key in [key for key in state_dict if is_extra_state(key, prefix)]:
         del state_dict[key]
     if not gives_own_names():
-        translate(names_of(module), state_dict, prefix)
+        translate(memory_names_of(module), state_dict, prefix)
 
 
 def take_their_names(

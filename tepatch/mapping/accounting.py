@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from math import prod
 from typing import Any
 
 from tepatch.errors import PlanError, Problem
 from tepatch.mapping import problems, rules
-from tepatch.mapping.bind import Binder, Template
+from tepatch.mapping.bind import IDENTITY, Binder, Template
+from tepatch.mapping.names import NameTemplate
 from tepatch.mapping.plan import (
     Copy,
     Fill,
@@ -24,8 +25,10 @@ from tepatch.mapping.plan import (
 from tepatch.mapping.problems import Missing
 from tepatch.mapping.rules import Mapping, Node, Rule
 from tepatch.mapping.values import BindError, Env
-from tepatch.mapping.views import Pair, tiling_error
+from tepatch.mapping.views import Pair, contiguous, pair, tiling_error
 
+DROPPED = "dropped by the caller"
+"""Why a source is ignored that nobody but the caller of ``make_plan`` wants to be."""
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -36,6 +39,8 @@ def make_plan(
     sources: MappingABC[str, TensorSpec],
     targets: MappingABC[str, TensorSpec],
     ties: MappingABC[str, str] | None = None,
+    spelling: MappingABC[str, str] | None = None,
+    dropped: Collection[str] = (),
     patch: str = "",
     location: str = "",
     notes: Sequence[str] = (),
@@ -44,9 +49,10 @@ def make_plan(
 
     ``config`` holds the config's fields by name; ``sources`` the checkpoint's tensors and ``targets`` the
     model's parameters, by name; ``ties`` maps a target name to the one it is the same parameter as (such names
-    are not in ``targets``). Raises ``PlanError`` with every problem at once.
+    are not in ``targets``). ``spelling`` has the source of a parameter outside the mapping's ``base`` where that is not
+    its own name. Sources that are ``dropped`` are as good as absent. Raises ``PlanError`` with every problem at once.
     """
-    planner = _Planner(mapping, config, sources, targets, ties or {})
+    planner = _Planner(mapping, config, sources, targets, ties or {}, spelling or {}, dropped)
     return planner.plan(patch=patch, location=location, notes=tuple(notes))
 
 
@@ -56,6 +62,7 @@ def make_export_plan(
     config: MappingABC[str, Any],
     targets: MappingABC[str, TensorSpec],
     ties: MappingABC[str, str] | None = None,
+    spelling: MappingABC[str, str] | None = None,
     like: MappingABC[str, TensorSpec] | None = None,
     dtype: str = "",
     keep_dtypes: bool = False,
@@ -70,7 +77,7 @@ def make_export_plan(
     ``PlanError`` with every problem at once.
     """
     like, ties = like or {}, ties or {}
-    scout = _Planner(mapping, config, like, targets, ties)
+    scout = _Planner(mapping, config, like, targets, ties, spelling or {})
     scout.apply_all()
     needed: dict[str, TensorSpec] = {}
     for copy in scout.copies:
@@ -86,7 +93,14 @@ def make_export_plan(
     order = [*(name for name in like if name in needed), *(name for name in needed if name not in like)]
     sources = {name: needed[name] for name in order}
     return make_plan(
-        mapping, config=config, sources=sources, targets=targets, ties=ties, patch=patch, location=location
+        mapping,
+        config=config,
+        sources=sources,
+        targets=targets,
+        ties=ties,
+        spelling=spelling,
+        patch=patch,
+        location=location,
     )
 
 
@@ -122,9 +136,15 @@ class _Planner:
         sources: MappingABC[str, TensorSpec],
         targets: MappingABC[str, TensorSpec],
         ties: MappingABC[str, str],
+        spelling: MappingABC[str, str],
+        dropped: Collection[str] = (),
     ) -> None:
         self.mapping = mapping
-        self.sources = sources
+        self.rules = (*mapping.rules, *([_rest_rule(mapping.base or "", mapping.rest)] if mapping.rest else []))
+        self.spelling = spelling
+        self.dropped = {name: spec for name, spec in sources.items() if name in dropped}
+        self.all_sources = sources
+        self.sources = {name: spec for name, spec in sources.items() if name not in dropped} if dropped else sources
         self.targets = targets
         self.ties = ties
         self.binder = Binder(mapping, config)
@@ -143,12 +163,16 @@ class _Planner:
         self.misshapen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[str]] = {}
         self.mistyped: dict[tuple[int, str, str], list[str]] = {}
         self.unknown_targets: dict[int, list[str]] = {}
+        self.absent: set[int] = set()
+        """Rules outside the base for a parameter that this class of model does not have."""
         self.unsettled: set[int] = set()
         """Rules that could not be applied: what they are for is not told as unused or not filled as well."""
 
     def apply_all(self) -> None:
         for index, rule in enumerate(self.mapping.rules):
             self.rule_entries.append(self._apply(index, rule))
+        if self.mapping.rest and (rest := self._apply_rest()).count:
+            self.rule_entries.append(rest)
 
     def plan(self, *, patch: str, location: str, notes: tuple[str, ...]) -> Plan:
         self.apply_all()
@@ -170,7 +194,7 @@ class _Planner:
             location=location,
             copies=tuple(self.copies),
             fills=tuple(self.fills),
-            sources={name: self.source_entries[name] for name in self.sources},
+            sources={name: self.source_entries[name] for name in self.all_sources},
             targets=dict(sorted(self.target_entries.items(), key=lambda item: order.get(item[0], len(order)))),
             rules=tuple(self.rule_entries),
             notes=notes,
@@ -185,6 +209,9 @@ class _Planner:
         try:
             for env, target in self.binder.instances(rule):
                 if (node := self.binder.choose(rule, env)) is None:
+                    continue
+                if self._is_absent(target):
+                    self.absent.add(index)
                     continue
                 applies = True
                 if (earlier := self.target_entries.get(target)) is not None:
@@ -205,6 +232,50 @@ class _Planner:
             self.unsettled.add(index)
         sources = dict.fromkeys(piece.source.text for template in templates.values() for piece in template.pieces)
         return RuleEntry(rule.where, rule.target.text, "used" if applies else "off", count, tuple(sources))
+
+    def _is_outside(self, target: str) -> bool:
+        """Whether a parameter is outside the base: of a head, or of a model around it."""
+        return self.mapping.base is not None and not rules.is_below(target, self.mapping.base)
+
+    def _is_absent(self, target: str) -> bool:
+        return self._is_outside(target) and target not in self.targets and target not in self.ties
+
+    def _apply_rest(self) -> RuleEntry:
+        """Every parameter outside the base that no rule is for is the source of its own name; ties are the model's."""
+        index, count = len(self.mapping.rules), 0
+        taken = [rule.target.pattern for rule in self.mapping.rules]
+        absent = [(self.rules[each], name.pattern) for each in sorted(self.absent) for name in self._leaves(each)]
+        for target in (*self.targets, *self.ties):
+            if not self._is_outside(target) or any(pattern.match(target) for pattern in taken):
+                continue
+            source = self.spelling.get(target, target)
+            count += 1
+            if target in self.ties:
+                self._take_tie(index, target, self.ties[target], source)
+                continue
+            spec = self.targets[target]
+            shape = tuple(spec.shape)
+            self.target_entries[target] = TargetEntry(shape, spec.dtype, "filled", index)
+            self.copies.append(Copy(source, target, pair(contiguous(shape), shape), IDENTITY, index))
+            self.shapes.setdefault(source, (shape, index))
+            self._check_source(index, Missing(source, target, (), 1), shape, spec.dtype)
+            for rule, pattern in absent:
+                if pattern.match(source):
+                    self._tell(problems.lost(rule, source, target))
+        rest = self.rules[index]
+        return RuleEntry(rest.where, rest.target.text, "used", count)
+
+    def _check_source(self, index: int, wanted: Missing, shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether a source is there; what is wrong with it is noted."""
+        name = wanted.source
+        if (found := self.sources.get(name)) is None:
+            self.missing.setdefault(index, []).append(wanted)
+            return False
+        if tuple(found.shape) != shape:
+            self.misshapen.setdefault((index, shape, tuple(found.shape)), []).append(name)
+        if not is_convertible(found.dtype, dtype):
+            self.mistyped.setdefault((index, found.dtype, dtype), []).append(name)
+        return True
 
     def _fill(self, index: int, node: Node, env: Env, target: str, spec: TensorSpec) -> Template:
         # The entry stands even if the rule does not fit: one problem, not also "no rule fills it".
@@ -228,15 +299,8 @@ class _Planner:
                     )
                 )
             captures = (*env.items(), *piece.extra)
-            if (found := self.sources.get(name)) is None:
-                entry = Missing(name, target, captures, len(template.pieces))
-                self.missing.setdefault(index, []).append(entry)
-                continue
-            self.present.update(captures)
-            if tuple(found.shape) != piece.shape:
-                self.misshapen.setdefault((index, piece.shape, tuple(found.shape)), []).append(name)
-            if not is_convertible(found.dtype, dtype):
-                self.mistyped.setdefault((index, found.dtype, dtype), []).append(name)
+            if self._check_source(index, Missing(name, target, captures, len(template.pieces)), piece.shape, dtype):
+                self.present.update(captures)
         return template
 
     def _best_alternative(self, node: Node, env: Env, shape: tuple[int, ...]) -> tuple[Template, list[str]]:
@@ -259,6 +323,10 @@ class _Planner:
             self._tell(problems.wrong_tie(rule, target, to, actual=actual, is_parameter=is_parameter))
             self.unsettled.add(index)
             return 0
+        self._take_tie(index, target, to, source)
+        return 1
+
+    def _take_tie(self, index: int, target: str, to: str, source: str) -> None:
         spec = self.targets[to]
         self.target_entries[target] = TargetEntry(tuple(spec.shape), spec.dtype, "tied", index, to)
         if (copy := self.sources.get(source)) is not None and source not in self.shapes:
@@ -267,7 +335,6 @@ class _Planner:
             if not is_convertible(copy.dtype, spec.dtype):
                 self.mistyped.setdefault((index, copy.dtype, spec.dtype), []).append(source)
             self.source_entries[source] = SourceEntry(tuple(copy.shape), copy.dtype, "redundant", to)
-        return 1
 
     def _check_consumption(self) -> None:
         """Each source's views must tile it: every element goes somewhere, none goes to two places."""
@@ -282,7 +349,7 @@ class _Planner:
             if key not in proven:
                 proven[key] = _consumption_error([copy.pair for copy in copies], prod(shape))
             if (wrong := proven[key]) is not None:
-                by = tuple(dict.fromkeys(self.mapping.rules[copy.rule].where for copy in copies))
+                by = tuple(dict.fromkeys(self.rules[copy.rule].where for copy in copies))
                 consumed.setdefault((by, wrong), {})[name] = [copy.target for copy in copies]
             if (spec := self.sources.get(name)) is not None:
                 self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "used")
@@ -291,6 +358,8 @@ class _Planner:
 
     def _check_rest(self) -> list[str]:
         """What no rule touched, on both sides. Returns the sources that are not accounted for."""
+        for name, spec in self.dropped.items():
+            self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "ignored", DROPPED)
         free = [name for name in self.sources if name not in self.source_entries]
         for ignored in self.mapping.ignored:
             for name in free:
@@ -304,7 +373,8 @@ class _Planner:
             if not any(pattern.match(name) for pattern in excused):
                 groups.setdefault(self._explain_unexpected(name), []).append(name)
         for (reason, fix), names in groups.items():
-            self._tell(problems.unexpected(self.mapping.name, names, reason, fix))
+            has_base = self.mapping.base is not None
+            self._tell(problems.unexpected(self.mapping.name, names, reason, fix, can_drop=has_base))
         uncovered = [
             name
             for name in self.targets
@@ -320,9 +390,11 @@ class _Planner:
     def _excused(self) -> Iterator[Any]:
         """Patterns of the names that a rule which could not be applied stands for."""
         for index in sorted(self.unsettled):
-            rule = self.mapping.rules[index]
-            yield rule.target.pattern
-            yield from (name.pattern for node in rule.choices for name in rules.leaves(node))
+            yield self.rules[index].target.pattern
+            yield from (name.pattern for name in self._leaves(index))
+
+    def _leaves(self, index: int) -> Iterator[NameTemplate]:
+        return (name for node in self.rules[index].choices for name in rules.leaves(node))
 
     def _explain_unexpected(self, name: str) -> tuple[str, str]:
         captures = self.mapping.captures
@@ -348,15 +420,23 @@ class _Planner:
             self._tell(problems.nothing_for(capture, count, sorted(absent), names))
             self.missing = {i: [e for e in each if not is_whole(e)] for i, each in self.missing.items()}
         for index, entries in self.missing.items():
-            if entries:
-                self._tell(problems.missing(self.mapping.rules[index], entries, free))
+            if entries and index == len(self.mapping.rules):
+                self._tell(problems.missing_outside(self.rules[index], [entry.source for entry in entries], free))
+            elif entries:
+                self._tell(problems.missing(self.rules[index], entries, free))
         for (index, expected, found), names in self.misshapen.items():
-            self._tell(problems.misshapen(self.mapping.rules[index], names, expected, found))
+            self._tell(problems.misshapen(self.rules[index], names, expected, found))
         for (index, found_dtype, wanted), names in self.mistyped.items():
-            self._tell(problems.mistyped(self.mapping.rules[index], names, wanted, found_dtype))
+            self._tell(problems.mistyped(self.rules[index], names, wanted, found_dtype))
         for index, names in self.unknown_targets.items():
-            rule, tied_to = self.mapping.rules[index], self.ties.get(names[0], "")
+            rule, tied_to = self.rules[index], self.ties.get(names[0], "")
             self._tell(problems.unknown_targets(rule, names, list(self.targets), tied_to))
+
+
+def _rest_rule(base: str, where: str) -> Rule:
+    """What stands for ``rest: same`` among the rules. No name matches it: it is for what is left."""
+    text = f"every parameter outside '{base}'"
+    return Rule(where=where, target=NameTemplate(text, (text,), ()), conditions=(), choices=())
 
 
 def _consumption_error(pairs: list[Pair], numel: int) -> str | None:

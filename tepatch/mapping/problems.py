@@ -40,6 +40,26 @@ def missing(rule: Rule, entries: Sequence[Missing], free: Sequence[str]) -> Prob
     )
 
 
+def missing_outside(rule: Rule, names: Sequence[str], free: Sequence[str]) -> Problem:
+    """Tensors that the model has outside of its base (a head), and the checkpoint has not."""
+    close = _closest(names[0], free)
+    return Problem(
+        where=rule.where,
+        what=f"{_count(names, 'tensor')} missing from the checkpoint, of what is around the base model",
+        details=tuple(fold(names)),
+        fix=f"to draw them as a new model's: fresh={_listed(names)}" + (f"; or did you mean {close}?" if close else ""),
+    )
+
+
+def lost(rule: Rule, source: str, target: str) -> Problem:
+    """A rule for a parameter that the model does not have, while its source fills another without the rule."""
+    return Problem(
+        where=rule.where,
+        what=f"the rule matches no parameter of the model, and {source} would go to {target} as it is",
+        fix="correct the rule's target, or take the rule out",
+    )
+
+
 def nothing_for(capture: str, count: Located, values: Sequence[int], names: Iterable[str]) -> Problem:
     """The checkpoint has not a single tensor for some ``values`` of a capture (a whole layer is missing)."""
     return Problem(
@@ -57,14 +77,15 @@ def beyond(capture: str, count: Located, domain: Sequence[int]) -> tuple[str, st
     return f"'{capture}' is {known} ({count} in the config), the checkpoint has more", CONFIG_FIX
 
 
-def unexpected(mapping: str, names: Sequence[str], reason: str, fix: str) -> Problem:
-    """Tensors of the checkpoint that no rule uses."""
+def unexpected(mapping: str, names: Sequence[str], reason: str, fix: str, *, can_drop: bool) -> Problem:
+    """Tensors of the checkpoint that no rule uses. With ``can_drop`` they may be of another class's head."""
+    drop = f"if this class has no place for them, leave them out: drop={_listed(names)}; else " if can_drop else ""
     return Problem(
         where=mapping,
         what=f"{_count(names, 'tensor')} of the checkpoint that no rule uses",
         details=tuple(fold(names)),
         found=reason,
-        fix=fix or "add a rule, or list it under 'ignore' with the reason",
+        fix=fix or f"{drop}add a rule, or list it under 'ignore' with the reason",
     )
 
 
@@ -150,6 +171,13 @@ def _closest(name: str, candidates: Sequence[str]) -> str:
     numbers = re.findall(r"\d+", name)
     same = [other for other in candidates if re.findall(r"\d+", other) == numbers]
     return next(iter(difflib.get_close_matches(name, same[:1000], n=1, cutoff=0.8)), "")
+
+
+def _listed(names: Sequence[str], limit: int = 4) -> str:
+    """Names as a list in Python; of many only the modules that they are of."""
+    short = list(names) if len(names) <= limit else list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    more = ", ..." if len(short) > limit else ""
+    return "[" + ", ".join(f"'{name}'" for name in short[:limit]) + more + "]"
 
 
 def _count(names: Sequence[str], noun: str) -> str:

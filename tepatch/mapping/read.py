@@ -88,6 +88,8 @@ class _Reader(Parser):
             self.problem(("sizes", name), f"'{name}' is a capture and a size: give one another name")
         self._tree(dict(self.file.parameters), ("parameters",), "", "", ())
         requires, ignored = self._requires(), self._ignored()
+        all_rules = tuple((self.inherited | self.own).values())
+        base, rest = self._base(all_rules), self._rest()
         if self.problems:
             raise MappingError(self.problems)
         digest = hashlib.sha256(self.document.text.encode() + (parent.digest.encode() if parent else b""))
@@ -99,8 +101,35 @@ class _Reader(Parser):
             sizes=sizes,
             requires=requires,
             ignored=(*(parent.ignored if parent else ()), *ignored),
-            rules=tuple((self.inherited | self.own).values()),
+            base=base,
+            rest=rest,
+            rules=all_rules,
         )
+
+    def _base(self, all_rules: tuple[Rule, ...]) -> str | None:
+        """The path of the base model, if one is named here or in what this extends."""
+        base = self.file.base
+        if base is None:
+            if "base" in self.file.model_fields_set:
+                self.problem(("base",), "'base' has no value")
+            return self.parent.base if self.parent else None
+        if (name := self.name(base, ("base",), bound=(), column=0)) is None:
+            return None
+        if name.fields:
+            self.problem(("base",), "'base' is one place: it has no captures", column=0)
+        elif not any(rules.is_below(rule.target.text, base) for rule in all_rules):
+            self.problem(("base",), f"no rule is about '{base}'", column=0, fix="name what the rules begin with")
+        return base
+
+    def _rest(self) -> str | None:
+        """Where it stands that parameters outside the base are themselves."""
+        if self.file.rest is None:
+            if "rest" in self.file.model_fields_set:
+                self.problem(("rest",), "'rest' has no value")
+            return self.parent.rest if self.parent else None
+        if self.file.base is None and (self.parent is None or self.parent.base is None):
+            self.problem(("rest",), "'rest' needs a 'base' that it is outside of")
+        return self.document.where(("rest",))
 
     def _table(self, section: str, entries: dict[str, Any]) -> dict[str, Located]:
         out = {}

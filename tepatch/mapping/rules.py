@@ -155,6 +155,10 @@ class Mapping:
     sizes: dict[str, Located]
     requires: tuple[Requirement, ...]
     ignored: tuple[Ignored, ...]
+    base: str | None = None
+    """Path of the part of the model that the rules are about; "" for the whole model, None if the file names none."""
+    rest: str | None = None
+    """Where it says that parameters outside ``base`` are the sources of their own names; None if it does not."""
     rules: tuple[Rule, ...] = field(repr=False)
 
 
@@ -179,6 +183,11 @@ def leaves(node: Node) -> Iterator[NameTemplate]:
 def source_names(mapping: Mapping) -> Iterator[NameTemplate]:
     """The source names in all rules of a mapping."""
     return (name for rule in mapping.rules for node in rule.choices for name in leaves(node))
+
+
+def is_below(name: str, path: str) -> bool:
+    """Whether a tensor is inside the module at ``path``; all are inside the model itself, which is at ""."""
+    return not path or name.startswith(f"{path}.")
 
 
 def without_alternatives(node: Node) -> Iterator[Node]:

@@ -207,6 +207,12 @@ class MappingFile(_Strict):
         default=[], description="'condition: what the user reads if it does not hold' (null drops an inherited one)."
     )
     ignore: list[dict[str, str]] = Field(default=[], description="'source name: why it is not needed'.")
+    base: str | None = Field(
+        default=None, description="The part of the model that the rules are about; other classes have it elsewhere."
+    )
+    rest: Literal["same"] | None = Field(
+        default=None, description="'same': every parameter outside base that no rule is for is the source of its name."
+    )
     parameters: dict[str, Tree] = Field(description="The target's parameters, each with where it comes from.")
 
 

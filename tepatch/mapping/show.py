@@ -51,10 +51,11 @@ def _counted(states: Iterable[str]) -> str:
 
 
 def _rule_lines(plan: Plan) -> Iterator[str]:
-    constants = {fill.rule for fill in plan.fills}
+    constants, copied = {fill.rule for fill in plan.fills}, {copy.rule for copy in plan.copies}
     ties = {entry.rule: entry.tied_to for entry in plan.targets.values() if entry.tied_to}
     for index, rule in enumerate(plan.rules):
         origins = [_sources(rule.sources, rule.target)] if rule.sources else []
+        origins += ["same"] if index in copied and not rule.sources else []  # what is outside the base
         origins += ["a constant"] if index in constants else []
         origins += [f"tied to {ties[index]}"] if index in ties else []
         if rule.state == "off":

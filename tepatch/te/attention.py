@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.backend import modules
 from tepatch.te.rope import take_rows
-from tepatch.te.sequences import Dense, Layout, Masked, Varlen, layout_of, layout_of_positions, packed_layout
+from tepatch.te.sequences import Dense, Layout, Masked, Varlen, direction, layout_of, layout_of_positions, packed_layout
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -71,6 +71,14 @@ class SelfAttention(nn.Module):
 
     ``layer_idx`` counts from 0, as in Hugging Face (it is the layer's place in the cache). Tensors are
     ``[batch, tokens, hidden]``.
+
+    - ``normalization`` is ``"RMSNorm"``, ``"LayerNorm"``, or None for no norm before QKV;
+    - ``qk_norm``: queries and keys are normed over each head (``q_norm``, ``k_norm``), before they are rotated;
+    - ``softcap``: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118, section 2);
+    - ``window``: how many keys a query sees, itself counted;
+    - ``is_causal`` False: every token sees all of its sequence (no cache, no window).
+
+    Raises ``UnsupportedError`` for a combination that the backend does not compute.
     """
 
     def __init__(
@@ -82,40 +90,50 @@ class SelfAttention(nn.Module):
         head_dim: int,
         layer_idx: int,
         norm_eps: float,
-        normalization: str = "RMSNorm",
+        normalization: str | None = "RMSNorm",
         zero_centered_gamma: bool = False,
         qkv_bias: bool = False,
         proj_bias: bool = False,
         dropout: float = 0.0,
         softmax_scale: float | None = None,
         window: int | None = None,
+        qk_norm: bool = False,
+        softcap: float | None = None,
+        is_causal: bool = True,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        if window is not None and not is_causal:
+            raise UnsupportedError(Problem(where="window", what="only causal attention has a window here"))
         te = modules()
         init_method = normal_init(init_std)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer_idx = layer_idx
-        self.window = window
+        self.window, self.is_causal = window, is_causal
         self.apply_rotary = te.apply_rotary
-        self.qkv = te.LayerNormLinear(
-            hidden_size,
-            (num_heads + 2 * num_kv_heads) * head_dim,
-            eps=norm_eps,
-            bias=qkv_bias,
-            normalization=normalization,
-            zero_centered_gamma=zero_centered_gamma,
-            init_method=init_method,
-        )
+        rows = (num_heads + 2 * num_kv_heads) * head_dim
+        norm = {"eps": norm_eps, "zero_centered_gamma": zero_centered_gamma}
+        if normalization is None:
+            self.qkv = te.Linear(hidden_size, rows, bias=qkv_bias, init_method=init_method)
+        else:
+            self.qkv = te.LayerNormLinear(
+                hidden_size, rows, bias=qkv_bias, normalization=normalization, init_method=init_method, **norm
+            )
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm, self.k_norm = te.RMSNorm(head_dim, **norm), te.RMSNorm(head_dim, **norm)
         self.core_attention = te.DotProductAttention(
             num_heads,
             head_dim,
             num_gqa_groups=num_kv_heads,
             attention_dropout=dropout,
             qkv_format="bshd",
-            attn_mask_type="causal",
+            attn_mask_type="causal" if is_causal else "no_mask",
+            # Or, where nothing is fused, Transformer Engine takes the lengths of packed queries for those of the keys.
+            attention_type="cross",
             softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             layer_number=layer_idx + 1,  # Transformer Engine counts layers from 1
+            **({} if softcap is None else {"softcap": softcap}),
         )
         self.proj = te.Linear(num_heads * head_dim, hidden_size, bias=proj_bias, init_method=init_method)
 
@@ -129,7 +147,7 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend causally, within the sequences that the mask tells.
+        """Attend within the sequences that the mask tells.
 
         ``attention_mask`` is one of the forms of ``tepatch.te.sequences.layout_of``. ``position_embeddings`` are cos
         and sin of Hugging Face's rotary module (None: no positions). ``position_ids`` ``[b or 1, tokens]`` that begin
@@ -144,7 +162,7 @@ class SelfAttention(nn.Module):
             fused: Any = (self.qkv, self.proj)
             is_plain = all(module.places.are_plain for module in fused)  # adapters expect rows of the batch
             if isinstance(layout, Varlen) and layout.queries is not None and layout.max_queries and is_plain:
-                return self._attend_packed(hidden_states, position_embeddings, layout, layout.queries)
+                return self._attend_packed(hidden_states, position_embeddings, layout, attention_mask)
             query, key, value = self._project(hidden_states, position_embeddings)
         else:
             query, key, value = self._project(hidden_states, position_embeddings)
@@ -158,9 +176,14 @@ class SelfAttention(nn.Module):
             key, value = (states.transpose(1, 2) for states in cached)
             num_keys = num_keys or key.shape[1]
             layout = self._layout(attention_mask, position_ids, hidden_states.shape, num_keys, kwargs)
-        context = attend(self.core_attention, query, key, value, layout, self.window)
+        context = self._attend(query, key, value, layout, attention_mask)
         out: Tensor = self.proj(context)
         return out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
+        told = direction(mask)
+        is_causal = self.is_causal if told is None else told
+        return attend(self.core_attention, query, key, value, layout, self.window, is_causal=is_causal)
 
     def _project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
@@ -169,21 +192,29 @@ class SelfAttention(nn.Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv(hidden_states).view(*hidden_states.shape[:2], heads, self.head_dim)
         query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             cos, sin = position_embeddings
             query, key = self.apply_rotary(query, cos, sin), self.apply_rotary(key, cos, sin)
         return query, key, value
 
     def _attend_packed(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, layout: Varlen, rows: Tensor
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        layout: Varlen,
+        mask: Tensor | None,
     ) -> Tensor:
         """The same without a row for padding anywhere: tokens are taken out before, and put back behind."""
         batch, tokens, _ = hidden_states.shape
+        rows = layout.queries
+        assert rows is not None
         if position_embeddings is not None:
             position_embeddings = take_rows(*position_embeddings, rows, batch)
         packed = hidden_states.flatten(0, 1).index_select(0, rows)[None]
         query, key, value = self._project(packed, position_embeddings)
-        context = attend(self.core_attention, query, key, value, replace(layout, queries=None, keys=None), self.window)
+        context = self._attend(query, key, value, replace(layout, queries=None, keys=None), mask)
         out: Tensor = self.proj(context)[0]
         return out.new_zeros(batch * tokens, out.shape[-1]).index_copy_(0, rows, out).view(batch, tokens, -1)
 
@@ -200,7 +231,7 @@ class SelfAttention(nn.Module):
         layout: Layout
         if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
             layout = self._packed(kwargs, attention_mask, batch * tokens, batch * (num_keys or tokens))
-        elif num_keys == tokens > 1 and attention_mask is None and position_ids is not None:
+        elif self.is_causal and num_keys == tokens > 1 and attention_mask is None and position_ids is not None:
             layout = layout_of_positions(position_ids, batch, tokens)
         else:
             layout = layout_of(attention_mask, tokens, num_keys or tokens, window=self.window)
@@ -232,14 +263,25 @@ def _order_copies(cache: Cache, device: torch.device) -> None:
 
 
 def attend(
-    core: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None = None
+    core: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: int | None = None,
+    *,
+    is_causal: bool = True,
 ) -> Tensor:
-    """Causal attention by a backend's ``DotProductAttention``, in the fastest form that computes the layout exactly.
+    """Attention by a backend's ``DotProductAttention``, in the fastest form that computes the layout exactly.
 
     Shapes: query ``[b, q, heads, d]``, key and value ``[b, k, kv heads, d]``; out ``[b, q, heads * d]``. ``window`` is
     how many keys a query sees, itself counted. Rows that are in no sequence of a ``Varlen`` come out as
     zeros.
     """
+    if window is not None and not is_causal and not isinstance(layout, Masked):
+        raise UnsupportedError(
+            Problem(where="attention_mask", what="the mask is for attention both ways, in a layer with a causal window")
+        )
     batch, num_queries = query.shape[:2]
     size = {} if window is None else {"window_size": (window - 1, 0)}
     if isinstance(layout, Masked):
@@ -260,7 +302,7 @@ def attend(
         num_keys = layout.num_keys
         if num_keys < key.shape[1]:
             key, value = key[:, :num_keys], value[:, :num_keys]
-        if num_queries == 1 and (window is None or num_keys <= window):
+        if not is_causal or (num_queries == 1 and (window is None or num_keys <= window)):
             kind, size = "no_mask", {"window_size": NO_WINDOW}
         else:
             kind = "causal" if num_queries == num_keys else "causal_bottom_right"
@@ -268,13 +310,16 @@ def attend(
         return dense
     if not layout.max_queries:  # nothing but padding; the product keeps what came before in the backward pass
         return query.flatten(2) * 0
-    is_square = layout.cu_queries is layout.cu_keys
+    if is_causal:
+        kind = "padding_causal" if layout.cu_queries is layout.cu_keys else "padding_causal_bottom_right"
+    else:
+        kind, size = "padding", {"window_size": NO_WINDOW}
     packed: Tensor = core(
         _rows(query, layout.queries),
         _rows(key, layout.keys),
         _rows(value, layout.keys),
         qkv_format="thd",
-        attn_mask_type="padding_causal" if is_square else "padding_causal_bottom_right",
+        attn_mask_type=kind,
         cu_seqlens_q=layout.cu_queries,
         cu_seqlens_kv=layout.cu_keys,
         max_seqlen_q=layout.max_queries,

@@ -13,7 +13,7 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from tepatch.errors import BackendError, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from tepatch.te.experts import Experts
 
 BackendName = Literal["auto", "te", "reference"]
 
@@ -65,6 +67,12 @@ class Modules:
     DotProductAttention: Callable[..., nn.Module]
     apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Rotates x [b, s, h, d] by cos and sin, as ``tepatch.te.rope.apply_rotary``."""
+    moe_permute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Sorts tokens by expert, as ``tepatch.te.reference_grouped.permute``."""
+    moe_unpermute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Adds up what experts made of each token, as ``tepatch.te.reference_grouped.unpermute``."""
+    grouped_mlp: Callable[[Experts, Tensor, Sequence[int]], Tensor]
+    """Each expert's MLP of its rows, as ``tepatch.te.reference_grouped.grouped_mlp``."""
 
 
 _active: ContextVar[Modules | None] = ContextVar("tepatch_te_modules", default=None)
@@ -219,4 +227,7 @@ def _reference_modules() -> Modules:
         LayerNorm=reference.LayerNorm,
         DotProductAttention=reference.DotProductAttention,
         apply_rotary=apply_rotary,
+        moe_permute=reference.permute,
+        moe_unpermute=reference.unpermute,
+        grouped_mlp=reference.grouped_mlp,
     )

@@ -14,14 +14,16 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tepatch.te import reference
 from tepatch.te.alignment import alignment_of, check_features, with_padded_rows
 from tepatch.te.backend import Modules
 from tepatch.te.fused import FusedLinear, FusedMLP, FusedNormLinear
@@ -29,6 +31,9 @@ from tepatch.te.precision import recipe_in_force
 from tepatch.te.reference_mlp import activate
 from tepatch.te.rope import fused_rotary
 from tepatch.te.tracing import outside_graphs
+
+if TYPE_CHECKING:
+    from tepatch.te.experts import Experts
 
 NORM_NAMES = {"layer_norm_weight": "layernorm_weight", "layer_norm_bias": "layernorm_bias"}
 """Transformer Engine's names for a fused norm -> tepatch's.
@@ -51,9 +56,46 @@ def load() -> Modules:
         LayerNormMLP=_factory(mlp, dtype_argument="params_dtype"),
         RMSNorm=_factory(te.RMSNorm, dtype_argument="dtype"),
         LayerNorm=_factory(te.LayerNorm, dtype_argument="dtype"),
-        DotProductAttention=attention,
+        DotProductAttention=partial(_attention, attention),
         apply_rotary=partial(fused_rotary, rope.apply_rotary_pos_emb),
+        moe_permute=moe_permute,
+        moe_unpermute=moe_unpermute,
+        grouped_mlp=grouped_mlp,
     )
+
+
+def moe_permute(hidden_states: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformer Engine's ``moe_permute``: tokens ``[tokens, n]`` to rows ``[tokens * k, n]`` by expert, and how."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    rows, order = te.moe_permute(hidden_states.contiguous(), index.int(), index.numel(), map_type="index")
+    return rows, order
+
+
+def moe_unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Transformer Engine's ``moe_unpermute``: each token's rows weighted and added up, ``[tokens, n]``."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    out: Tensor = te.moe_unpermute(rows, order, weights.float(), map_type="index")
+    return out
+
+
+def grouped_mlp(experts: Experts, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each expert's MLP of its rows ``[sum(counts), hidden_size]``, by two grouped products.
+
+    Where they are quantized, each expert's rows are padded with zeros to what the kernels take, and cut again.
+    """
+    te = importlib.import_module("transformer_engine.pytorch")
+    given, splits = rows, list(counts)
+    recipe = recipe_in_force()
+    if recipe is not None:
+        alignment = alignment_of(recipe)
+        sizes = {"hidden_size": experts.hidden_size, "ffn_hidden_size": experts.ffn_hidden_size}
+        check_features("Experts", sizes, alignment.features)
+        rows, splits = te.Fp8Padding(experts.num_experts, alignment.rows)(rows, splits)
+    first = _grouped_step(experts, te, "gate_up_proj")(rows, splits)
+    out: Tensor = _grouped_step(experts, te, "down_proj")(activated(first, experts.activation), splits)
+    if rows is not given:
+        out = te.Fp8Unpadding(experts.num_experts, alignment.rows)(out, list(counts))
+    return out
 
 
 def placement(device: str | torch.device | None) -> str | torch.device:
@@ -266,6 +308,33 @@ def _step(owner: nn.Module, name: str, make: Callable[[], nn.Module], names: Map
     return step
 
 
+def _grouped_step(experts: Experts, te: Any, name: str) -> Callable[[Tensor, list[int]], Tensor]:
+    """Transformer Engine's ``GroupedLinear`` over the matrices in one parameter ``[num_experts, out, in]``."""
+    packed = getattr(experts, name)
+
+    def make() -> nn.Module:
+        num_gemms, rows, columns = packed.shape
+        step: nn.Module = te.GroupedLinear(
+            num_gemms, columns, rows, bias=False, params_dtype=packed.dtype, device="meta"
+        )
+        return step
+
+    step = _step(experts, name, make, {})
+
+    def product(inp: Tensor, splits: list[int]) -> Tensor:
+        step.training = experts.training
+        names = [f"weight{index}" for index in range(experts.num_experts)]
+        # One operation for all: a slice for each expert would have a gradient as large as the whole.
+        step._parameters.update(zip(names, packed.unbind(0), strict=True))
+        try:
+            out: Tensor = step(inp, splits)
+        finally:
+            step._parameters.update(dict.fromkeys(names))  # nothing of this batch's graph is kept
+        return out
+
+    return product
+
+
 def activated(first: Tensor, activation: str) -> Tensor:
     """Transformer Engine's activation of [..., n], by its name; only ``first`` is kept for the backward pass."""
     kernels = importlib.import_module("transformer_engine_torch")
@@ -302,6 +371,14 @@ def _named(cls: type[nn.Module]) -> type[nn.Module]:
             return super().__getattr__(NORM_NAMES.get(name, name))
 
     return Named
+
+
+def _attention(cls: type[nn.Module], *args: Any, softcap: float = 0.0, **kwargs: Any) -> nn.Module:
+    """Transformer Engine's attention; with a softcap, which its releases before 2.20 do not have, the reference's."""
+    if not softcap:
+        return cls(*args, **kwargs)
+    knows_softcap = "softcap" in inspect.signature(cls.__mro__[1]).parameters
+    return (cls if knows_softcap else reference.DotProductAttention)(*args, softcap=softcap, **kwargs)
 
 
 def _exact_attention(cls: type[nn.Module]) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""What every decoder layer made of the backend's modules has: a precision of its own, and checkpoints that keep it.
+"""What every layer made of the backend's modules has: a precision of its own, and checkpoints that keep it.
 
 A plugin's layer derives from ``AcceleratedLayer`` first and from Hugging Face's layer second. ``set_precision`` tells
 the layers of a model what to compute in; from then on each call of a layer is in that precision, whoever calls it.
@@ -42,7 +42,7 @@ _ARGUMENTS = ("use_reentrant", "context_fn", "determinism_check", "debug")
 
 
 class AcceleratedLayer(nn.Module):
-    """A decoder layer in a precision. Goes before Hugging Face's class: ``class Layer(AcceleratedLayer, hf.Layer)``."""
+    """A layer in a precision. Goes before Hugging Face's class: ``class Layer(AcceleratedLayer, hf.Layer)``."""
 
     precision: Precision | None = None
     """What the layer computes in, or None for what the ``te.autocast`` around it says. ``set_precision`` sets it."""
@@ -130,13 +130,13 @@ def apply_precision(model: nn.Module, request: Request) -> str:
     precisions = resolve(values, has_te=has_te)
     chosen = dict(zip(layers, precisions, strict=True))
     weights = [
-        (f"{name}.{inner}.{leaf}" if name else f"{inner}.{leaf}", tuple(parameter.shape), precision)
+        (f"{name}.{inner}.{leaf}" if name else f"{inner}.{leaf}", tuple(parameter.shape[-2:]), precision)
         for name, precision in chosen.items()
         if precision is not None and precision.quantizes
         for inner, module in layers[name].named_modules()
         if _is_quantizable(module)
         for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 2
+        if parameter.dim() > 1
     ]
     if problems := size_problems(weights, getattr(model, "config", None)):
         raise PlanError(problems)
@@ -208,8 +208,8 @@ def _runner(model: nn.Module, names: list[str]) -> nn.Module | None:
 
 
 def _is_quantizable(module: nn.Module) -> bool:
-    """Whether this is a module of Transformer Engine with matrix products."""
-    return "fp8_meta" in module.__dict__
+    """Whether this is a module of Transformer Engine with matrix products, or computes by some."""
+    return "fp8_meta" in module.__dict__ or getattr(module, "can_quantize", False) is True
 
 
 # Whether an autocast is in force is state of the process that a compiled graph can not hold: what is around the call

@@ -13,6 +13,7 @@ cannot compute they refuse with ``UnsupportedError``; an argument they do not ha
 from __future__ import annotations
 
 from tepatch.te.reference_attention import DotProductAttention
+from tepatch.te.reference_grouped import grouped_mlp, permute, unpermute
 from tepatch.te.reference_linear import LayerNormLinear, Linear
 from tepatch.te.reference_mlp import ACTIVATIONS, LayerNormMLP
 from tepatch.te.reference_norms import LayerNorm, RMSNorm
@@ -25,4 +26,7 @@ __all__ = [
     "LayerNormMLP",
     "Linear",
     "RMSNorm",
+    "grouped_mlp",
+    "permute",
+    "unpermute",
 ]

@@ -121,9 +121,13 @@ class Float32Rotary(nn.Module):
         # Of x, Hugging Face's modules use the device and the dtype of the result, nothing else.
         stand_in = torch.empty(0, dtype=torch.float32, device=x.device)
         cos, sin = super().forward(stand_in, position_ids, *args, **kwargs)
-        if cos.is_cuda and not torch.compiler.is_compiling() and getattr(self, "attention_scaling", None) == 1:
+        if cos.is_cuda and not torch.compiler.is_compiling() and self._scale_of(*args, **kwargs) == 1:
             _angles[cos] = None
         return cos, sin
+
+    def _scale_of(self, layer_type: str = "", *_: Any, **__: Any) -> Any:
+        """What cos and sin were multiplied with; models with a rope for each type of layer have as many scales."""
+        return getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Rotary:
         def keep_dtype(tensor: Tensor) -> Tensor:

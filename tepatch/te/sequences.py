@@ -3,9 +3,10 @@
 A mask reaches every layer of a model as the same tensor. Here it is looked at once, and the answer kept as long as
 the tensor lives: fused attention takes lengths instead of masks, and to read them from a GPU stops the host.
 
-The masks of ``tepatch.hf.attention`` are sequence numbers, int32 ``[b, 1, 1, keys]``: tokens with the same number in
-the same row belong together; ``PADDING`` is a token that nothing belongs to, ``EMPTY`` a slot of a cache that has not
-been written. The queries are the last of the slots that have been written. Within a sequence attention is causal.
+The masks of ``tepatch.hf.attention`` are sequence numbers ``[b, 1, 1, keys]``: tokens with the same number in the same
+row belong together; ``PADDING`` is a token that nothing belongs to, ``EMPTY`` a slot of a cache that has not been
+written. The queries are the last of the slots that have been written. Within a sequence attention is causal if the
+numbers are int32, and goes both ways if they are int64.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ MOST_MADE = 8
 
 EMPTY, PADDING, FIRST = -1, 0, 1
 """Numbers in a mask of sequence numbers: an unwritten slot, padding, the first sequence of a row."""
+
+
+CAUSAL, BOTH_WAYS = torch.int32, torch.int64
+"""The dtype of sequence numbers says whether a token sees those before it, or all of its sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def layout_of(mask: Tensor | None, num_queries: int, num_keys: int, *, window: i
     ``mask`` is one of:
 
     - None: the queries are the last of the keys;
-    - int32 ``[b, 1, 1, num_keys]``: sequence numbers (see the module);
+    - int32 or int64 ``[b, 1, 1, num_keys]``: sequence numbers (see the module);
     - boolean or integer ``[b, num_keys]``: which keys are tokens (the rest is padding), as for flash attention;
     - boolean ``[b, 1 or heads, queries, keys or 1]``: True where to attend;
     - float of that shape with nothing but zero (attend) and minus infinity or the dtype's minimum (do not).
@@ -106,9 +111,16 @@ def plain_tokens(batch: int, num_tokens: int, device: torch.device) -> Tensor:
     return _make_plain((batch, num_tokens), True, torch.bool, device)
 
 
-def plain_mask(batch: int, num_tokens: int, device: torch.device) -> Tensor:
+def plain_mask(batch: int, num_tokens: int, device: torch.device, *, is_causal: bool = True) -> Tensor:
     """The sequence numbers ``[batch, 1, 1, num_tokens]`` of rows that are one sequence each, known in the same way."""
-    return _make_plain((batch, 1, 1, num_tokens), FIRST, torch.int32, device)
+    return _make_plain((batch, 1, 1, num_tokens), FIRST, CAUSAL if is_causal else BOTH_WAYS, device)
+
+
+def direction(mask: Tensor | None) -> bool | None:
+    """Whether sequence numbers are for causal attention; None for a mask that does not tell."""
+    if mask is None or mask.dim() != 4 or mask.dtype not in (CAUSAL, BOTH_WAYS):
+        return None
+    return mask.dtype == CAUSAL
 
 
 def plain_on(mask: Tensor, device: torch.device) -> Tensor:
@@ -200,7 +212,7 @@ def visible(numbers: Tensor, num_queries: int, window: int | None = None) -> Ten
     queries = torch.arange(num_queries, device=slots.device) + (written - num_queries)
     asking = slots.index_select(1, queries.clamp(min=0))
     distance = queries[:, None] - keys[None, :]
-    near = distance >= 0
+    near = distance >= 0 if direction(numbers) else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         near &= distance < window
     return ((asking[:, :, None] == slots[:, None, :]) & (slots[:, None, :] > PADDING) & near)[:, None]
@@ -211,7 +223,7 @@ def _read(mask: Tensor, num_queries: int, num_keys: int, window: int | None) -> 
         mask = (mask != 0).to(torch.int32)[:, None, None]
     if mask.dim() != 4:
         raise _unknown(f"{_named(mask.dtype)} {list(mask.shape)}", num_keys)
-    if mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1) and mask.shape[3] == num_keys:
+    if mask.dtype in (CAUSAL, BOTH_WAYS) and mask.shape[1:3] == (1, 1) and mask.shape[3] == num_keys:
         return _read_numbers(mask, num_queries, window)
     if mask.is_floating_point():
         hidden = mask <= torch.finfo(mask.dtype).min

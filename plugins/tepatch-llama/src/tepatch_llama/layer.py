@@ -10,22 +10,20 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig
-from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as hf
 
 from tepatch.errors import Problem, UnsupportedError
-from tepatch.te import modules
-from tepatch.te.attention import SelfAttention, gated_activation, normal_init
-from tepatch.te.layer import AcceleratedLayer
+from tepatch.te.attention import SelfAttention
+from tepatch.te.decoder import DecoderLayer, attention_options, gated_mlp
 from tepatch.te.rope import Float32Rotary
 
 standalone: ContextVar[bool] = ContextVar("standalone", default=False)
 """Whether layers are built outside tepatch's loader, by ``replace_decoder``."""
 
 
-class LlamaDecoderLayer(AcceleratedLayer, hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
+class LlamaDecoderLayer(DecoderLayer, hf.LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, with norms fused into the matrix products."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
@@ -39,50 +37,10 @@ class LlamaDecoderLayer(AcceleratedLayer, hf.LlamaDecoderLayer):  # type: ignore
             )
         nn.Module.__init__(self)  # not Hugging Face's: its parameters would only be in the way
         self.hidden_size = config.hidden_size
-        self.self_attn = SelfAttention(  # type: ignore[assignment]
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-            layer_idx=layer_idx,
-            norm_eps=config.rms_norm_eps,
-            qkv_bias=config.attention_bias,
-            proj_bias=config.attention_bias,
-            dropout=config.attention_dropout or 0.0,
-            init_std=config.initializer_range,
-        )
-        self.mlp = modules().LayerNormMLP(  # type: ignore[assignment]
-            config.hidden_size,
-            config.intermediate_size,
-            eps=config.rms_norm_eps,
-            bias=config.mlp_bias,
-            normalization="RMSNorm",
-            activation=gated_activation(config.hidden_act),
-            init_method=normal_init(config.initializer_range),
-            output_layer_init_method=normal_init(config.initializer_range),
-        )
+        bias: dict[str, Any] = {"qkv_bias": config.attention_bias, "proj_bias": config.attention_bias}
+        self.self_attn = SelfAttention(**attention_options(config, layer_idx), **bias)
+        self.mlp = gated_mlp(config, bias=config.mlp_bias)
         self.mark_as_initialized()
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(
-            hidden_states,
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        out: Tensor = hidden_states + self.mlp(hidden_states)
-        return out
 
 
 class LlamaRotaryEmbedding(Float32Rotary, hf.LlamaRotaryEmbedding):

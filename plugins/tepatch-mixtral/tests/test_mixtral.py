@@ -1,0 +1,212 @@
+"""What the conformance kit does not ask: the router's loss, jitter, both forms of a checkpoint, adapters of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import tepatch
+from tepatch.errors import PlanError
+
+TOLERANCE = 2e-5  # of the largest logit
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 5,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+Make = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A stock model with random weights, and the patched model from its checkpoint, packed or with experts apart.
+
+    ``make(packed=False, **config)``. The checkpoint is ``tmp_path / "checkpoint"``.
+    """
+
+    def build(*, packed: bool = False, **config: Any) -> tuple[Any, Any]:
+        stock = MixtralForCausalLM(MixtralConfig(**{**SIZES, **config})).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in stock.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                # The router is decided: no rounding may send a token elsewhere.
+                parameter.copy_(noise * (1.0 if "gate.weight" in name else 0.15) + (parameter.dim() == 1))
+        folder = tmp_path / "checkpoint"
+        stock.save_pretrained(folder, save_original_format=not packed, max_shard_size="200KB")
+        return stock, tepatch.load("mixtral", folder, backend="reference")
+
+    return build
+
+
+def ids(batch: int = 2, tokens: int = 24) -> Tensor:
+    return torch.randint(1, 128, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def files(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_router_logits_and_losses_are_those_of_hugging_face(k: int, make: Make) -> None:
+    stock, model = make(num_experts_per_tok=k, head_dim=32, hidden_act="gelu_pytorch_tanh")
+    mask = torch.ones_like(ids())
+    mask[0, :5] = 0
+    ours, theirs = (m(ids(), attention_mask=mask, labels=ids(), output_router_logits=True) for m in (model, stock))
+    keep = mask.bool()
+    assert error(ours.logits[keep], theirs.logits[keep]) <= TOLERANCE
+    assert error(ours.loss, theirs.loss) <= TOLERANCE
+    assert error(ours.aux_loss, theirs.aux_loss) <= TOLERANCE
+    assert len(ours.router_logits) == len(theirs.router_logits) == 3
+    for one, other in zip(ours.router_logits, theirs.router_logits, strict=True):
+        assert error(one[keep.flatten()], other[keep.flatten()]) <= TOLERANCE
+
+
+def test_a_step_of_training_is_that_of_hugging_face(make: Make) -> None:
+    """The auxiliary loss included, which trains the router."""
+    stock, model = make(router_aux_loss_coef=1.0)
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    for each in (stock, model):
+        loss = each.train()(ids(), labels=ids(), output_router_logits=True).loss
+        loss.backward()
+        torch.optim.SGD(each.parameters(), lr=1.0).step()
+    after = stock.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert error(tensor - before[name], after[name] - before[name]) <= 1e-4, name
+
+
+def test_jitter_draws_the_numbers_of_the_stock_model(make: Make) -> None:
+    stock, model = make(router_jitter_noise=0.3)
+    out = []
+    for each in (model, stock):
+        torch.manual_seed(3)
+        out.append(each.train()(ids()).logits)
+    assert error(*out) <= TOLERANCE
+    assert error(out[0], model.eval()(ids()).logits) > 0.01  # and none in evaluation
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoint_comes_back_in_its_own_form_bit_for_bit(packed: bool, make: Make, tmp_path: Path) -> None:
+    stock, model = make(packed=packed)
+    original = files(tmp_path / "checkpoint")
+    assert ("model.layers.0.mlp.experts.gate_up_proj" in original) is packed
+    assert ("model.layers.2.block_sparse_moe.experts.4.w3.weight" in original) is not packed
+    tepatch.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "pretrained")
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())  # as Trainer does
+    for name in ("saved", "pretrained", "given"):
+        assert_same(files(tmp_path / name), original)
+    assert_same(MixtralForCausalLM.from_pretrained(tmp_path / "pretrained").state_dict(), stock.state_dict())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_dict_is_that_of_the_stock_model_in_memory(packed: bool, make: Make, tmp_path: Path) -> None:
+    stock, model = make(packed=packed)
+    assert_same(model.state_dict(), stock.state_dict())
+    # And what is loaded may be that, or what lies in the checkpoint.
+    for given in (stock.state_dict(), files(tmp_path / "checkpoint")):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert str(model.load_state_dict(given)) == "<All keys matched successfully>"
+        assert_same(model.state_dict(), stock.state_dict())
+
+
+def test_a_state_dict_is_the_stock_models_also_where_the_mapping_prefers_other_names(
+    make: Make, tmp_path: Path
+) -> None:
+    stock, _ = make()
+    mapping = tmp_path / "own.tepatch.yaml"
+    mapping.write_text(
+        "version: 1\nextends: tepatch_mixtral:mixtral.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
+        "    mlp.gate.weight: {any_of: [block_sparse_moe.gate.weight, mlp.gate.weight]}\n"
+    )
+    model = tepatch.load("mixtral", tmp_path / "checkpoint", backend="reference", mapping=mapping)
+    assert_same(model.state_dict(), stock.state_dict())
+
+
+def test_fresh_weights_are_saved_as_the_stock_model_would_save_them(tmp_path: Path) -> None:
+    model = tepatch.build("mixtral", MixtralConfig(**SIZES), backend="reference")
+    model.save_pretrained(tmp_path / "fresh")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in files(tmp_path / "fresh")
+    assert_same(MixtralForCausalLM.from_pretrained(tmp_path / "fresh").state_dict(), model.state_dict())
+    router = model.model.layers[0].mlp.gate.weight
+    assert 0.01 < router.std() < 0.04  # initializer_range is 0.02
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_adapters_of_experts_are_those_of_the_stock_model(make: Make) -> None:
+    peft = pytest.importorskip("peft")
+    stock, model = make()
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    out = []
+    for each in (model, stock):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
+        adapted = peft.get_peft_model(each, config)
+        lora = {name: parameter for name, parameter in adapted.named_parameters() if "lora" in name}
+        for parameter in lora.values():
+            torch.manual_seed(parameter.numel())
+            torch.nn.init.normal_(parameter, std=0.1)
+        assert sum("experts" in name for name in lora) == 3 * 4
+        out.append(adapted(ids()).logits)
+    assert error(*out) <= TOLERANCE
+    with adapted.disable_adapter():
+        assert error(adapted(ids()).logits, out[1]) > 0.01
+
+
+def fp8_model(**config: Any) -> Any:
+    """A model whose sizes FP8 can take, unless ``config`` says otherwise, in bfloat16 on the GPU."""
+    settings = MixtralConfig(**{**SIZES, "num_hidden_layers": 1, "initializer_range": 0.2, **config})
+    return tepatch.build("mixtral", settings, backend="te", dtype=torch.bfloat16, precision="bf16")
+
+
+@pytest.mark.gpu
+def test_experts_compute_in_the_precision_that_is_set() -> None:
+    model = fp8_model()
+    experts = model.model.layers[0].mlp.experts
+    outs = []
+    experts.register_forward_hook(lambda _, given, out: outs.append((given[0].detach(), out.detach())))
+    inputs = ids(1, 5).cuda()
+    model(inputs)
+    tepatch.set_precision(model, "fp8-current")
+    # Attention has changed too: the experts get what they got in bfloat16.
+    handle = experts.register_forward_pre_hook(lambda _, given: (outs[0][0], *given[1:]))
+    routed = model.model.layers[0].mlp.gate.register_forward_pre_hook(lambda _, given: (outs[0][0],))
+    model(inputs, labels=inputs).loss.backward()
+    handle.remove()
+    routed.remove()
+    difference = error(outs[1][1].float(), outs[0][1].float())
+    assert 1e-3 < difference < 0.25  # four operands, each within 2^-4
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in experts.parameters())
+
+
+@pytest.mark.gpu
+def test_experts_of_sizes_that_fp8_can_not_take_are_named() -> None:
+    model = fp8_model(intermediate_size=40)
+    with pytest.raises(PlanError, match=r"experts\.down_proj"):
+        tepatch.set_precision(model, "fp8-current")

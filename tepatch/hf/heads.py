@@ -1,0 +1,132 @@
+"""A checkpoint that is not quite the model's: tensors that the caller drops, and tensors that are drawn anew.
+
+A head that a checkpoint does not have is never random without a word: ``fresh`` names it, and it is drawn as
+transformers would draw it. What a checkpoint has and the class has no place for is named by ``drop``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tepatch.checkpoint import Checkpoint, ShardReader, TensorInfo
+from tepatch.errors import PlanError, Problem
+from tepatch.hf.fresh import FreshWeights
+from tepatch.mapping.rules import is_below
+
+if TYPE_CHECKING:
+    from tepatch.checkpoint.manifest import Manifest
+
+_FRESH = "fresh:"
+"""Begins the names of what is opened for fresh tensors, so that none is a file's."""
+
+
+class Completed:
+    """A ``Checkpoint`` with some of its tensors replaced, or joined, by fresh ones."""
+
+    def __init__(self, checkpoint: Checkpoint, fresh: FreshWeights, names: Mapping[str, str]) -> None:
+        """``names`` are those of the fresh tensors here, each with the stock model's own."""
+        self._checkpoint = checkpoint
+        self._fresh = fresh
+        self._names = names
+
+    @property
+    def device(self) -> torch.device:
+        """Where fresh tensors are made; to be set before the first is read."""
+        return self._fresh.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._fresh.device = device
+
+    @property
+    def location(self) -> str:
+        return self._checkpoint.location
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        stored = {name: info for name, info in self._checkpoint.tensors.items() if name not in self._names}
+        made = {name: self._fresh.tensors[stock] for name, stock in self._names.items()}
+        made = {name: replace(info, name=name, file=_FRESH + info.file) for name, info in made.items()}
+        return {**stored, **dict(sorted(made.items(), key=lambda item: item[1].file))}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def also_present(self) -> tuple[str, ...]:
+        return self._checkpoint.also_present
+
+    @property
+    def config_folder(self) -> Path:
+        return self._checkpoint.config_folder
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self._checkpoint.manifest
+
+    def open(self, file: str, /) -> AbstractContextManager[ShardReader]:
+        if not file.startswith(_FRESH):
+            return self._checkpoint.open(file)
+        return _Renamed(self._fresh.open(file.removeprefix(_FRESH)), self._names)
+
+
+class _Renamed(AbstractContextManager[ShardReader]):
+    """Fresh tensors, asked for by the names that they have in the checkpoint."""
+
+    def __init__(self, block: AbstractContextManager[ShardReader], names: Mapping[str, str]) -> None:
+        self._block = block
+        self._names = names
+
+    def __enter__(self) -> ShardReader:
+        self._reader = self._block.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._block.__exit__(*error)  # type: ignore[arg-type]
+
+    def read(self, info: TensorInfo, /) -> torch.Tensor:
+        return self._reader.read(replace(info, name=self._names[info.name]))
+
+
+def chosen(given: Iterable[str], names: Mapping[str, str], *, argument: str, of: str) -> list[str]:
+    """The tensors that a caller means by ``given``: whole names, or the paths of modules that they are in.
+
+    ``names`` are those of all tensors, each with another that it may be called by. Raises ``PlanError`` for what
+    means none; ``argument`` and ``of`` say in messages what was given and whose tensors these are.
+    """
+    if isinstance(given, str) or not all(isinstance(each, str) and each for each in given):
+        raise PlanError(
+            Problem(
+                where=argument,
+                what="not a list of tensors",
+                expected=f"{argument}=['score.weight'], or the modules that they are in: ['score']",
+                found=repr(given),
+            )
+        )
+    found: dict[str, None] = {}
+    problems = []
+    for each in given:
+        path = each.rstrip(".")
+        meant = [name for name, other in names.items() if {path} & {name, other} or _is_in(path, name, other)]
+        if not meant:
+            close = difflib.get_close_matches(path, list(names)[:20_000], n=1)
+            what = f"no tensor of {of} has this name, or is in a module of it"
+            fix = f"did you mean '{close[0]}'?" if close else ""
+            problems.append(Problem(where=argument, what=what, found=repr(each), fix=fix))
+        found |= dict.fromkeys(meant)
+    if problems:
+        raise PlanError(problems)
+    return list(found)
+
+
+def _is_in(path: str, name: str, other: str) -> bool:
+    return bool(path) and (is_below(name, path) or is_below(other, path))

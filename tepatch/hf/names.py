@@ -1,0 +1,62 @@
+"""Names of tensors outside the part of a model that a mapping is about, as checkpoints have spelt them.
+
+For a head, a vision tower or a projector there is no rule that would say what older checkpoints call them. transformers
+knows: it renames a checkpoint's names when it loads them. Only names are asked for here. What becomes of the tensors
+is the plan's affair, and a name that finds no parameter this way is told as unexpected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def spelt_names(
+    model: PreTrainedModel, wanted: Collection[str], names: Iterable[str], *, around: str = ""
+) -> dict[str, str]:
+    """For each of the ``wanted`` names of a model that the checkpoint's ``names`` have otherwise, what they have.
+
+    ``around`` is where the whole model sits in the checkpoint, if that is of a model that wraps it. A name is never
+    taken for another if it is wanted itself, and of several that mean the same the first is taken.
+    """
+    given = list(names)
+    open_names = set(wanted).difference(given)
+    out: dict[str, str] = {}
+    if not open_names:
+        return out
+    rename = _Renaming(model, f"{around}.")
+    for name in given:
+        if name in wanted:
+            continue
+        for candidate in rename.candidates(name):
+            if candidate in open_names:
+                out[candidate] = name
+                open_names.discard(candidate)
+                break
+    return out
+
+
+class _Renaming:
+    """What transformers may make of a checkpoint's name before it looks for it in ``model``."""
+
+    def __init__(self, model: PreTrainedModel, around: str) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        # Conversions of tensors (fused experts) are left out: a name that stands for a part of a parameter is no name.
+        self._renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+        self._prefix = f"{model.base_model_prefix}."
+        self._around = around
+
+    def candidates(self, name: str) -> Iterator[str]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, _ = rename_source_key(name, self._renamings, [])
+        for each in dict.fromkeys((renamed, name)):
+            yield each
+            yield each.removeprefix(self._prefix)
+            yield self._prefix + each
+        yield name.removeprefix(self._around)
