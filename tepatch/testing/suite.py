@@ -23,6 +23,7 @@ from tepatch.testing.cases import Bench, Case, named, traits
 from tepatch.testing.mutations import mutations
 from tepatch.testing.report import CaseReport, Conformance, Outcome
 from tepatch.testing.results import Broken, Check, NotApplicable
+from tepatch.testing.ropes import rope_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,7 +35,7 @@ _CHECKS = (
     *(proofs.plan, proofs.round_trip, proofs.round_trip_unconverted, proofs.refusals),
     *(parity.no_mask, parity.left_padding, parity.right_padding, parity.lengths, parity.positions, parity.packing),
     *(parity.decoding, parity.chunks, parity.chunks_left_padded, parity.static_caches, parity.generation),
-    *(parity.hidden_states, parity.router_logits, parity.gradients),
+    *(parity.hidden_states, parity.router_logits, parity.gradients, rope_types),
     *(mutations, parity.gpu),
 )
 CHECKS: dict[str, Check] = {check.__name__.replace("_", "-"): check for check in _CHECKS}

@@ -207,6 +207,22 @@ def test_values_that_the_mapping_changes_are_changed_back_in_gradients(tmp_path:
     assert f"{weight} scaled and offset" not in mistakes
 
 
+def test_a_type_of_rope_that_is_let_through_and_computed_wrong_is_named(tmp_path: Path) -> None:
+    case = Case("tiny", tiny())
+    found = check_patch("llama", [case], checks=["rope-types"])
+    assert list(found.cases["tiny"].outcomes["rope-types"].figures) == [
+        *("linear", "dynamic", "llama3", "yarn", "longrope")
+    ]
+    found = check_patch(patch(rotary="OneBase"), [case], checks=["rope-types"])
+    assert statuses(found) == {"rope-types": "failed"}
+    assert "rope type linear" in found.failures[0]
+    # What the mapping does not let through needs not be right.
+    types = "['default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope']"
+    mapping = edited(tmp_path, types, "['default']")
+    found = check_patch(patch(rotary="OneBase", mapping=mapping), [case], checks=["rope-types"])
+    assert statuses(found) == {"rope-types": "skipped"}
+
+
 def test_a_layer_that_ignores_its_config_is_told_by_a_mutation_only() -> None:
     found = check_patch(patch(rotary="OneBase"), [Case("tiny", tiny())], checks=["no-mask", "mutations"])
     assert statuses(found) == {"no-mask": "passed", "mutations": "failed"}

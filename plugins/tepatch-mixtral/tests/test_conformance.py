@@ -16,6 +16,7 @@ def config(layers: int = 2, size: int = 64, **fields: Any) -> MixtralConfig:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=size // 4,  # transformers' own Mixtral needs it for scaled rope types
         num_local_experts=4,
         vocab_size=128,
         max_position_embeddings=256,
