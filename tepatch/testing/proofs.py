@@ -86,7 +86,7 @@ def refusals(bench: Bench) -> Finding:
         except TepatchError as error:
             if not isinstance(error, PlanError) or not fired:
                 raise Broken(f"{text} is refused, but not by a 'requires' of the mapping:\n{error}") from error
-            if not any(name.split(".")[0] in str(error) for name in change):
+            if not any(name.removeprefix("text_config.").split(".")[0] in str(error) for name in change):
                 raise Broken(f"{text} is refused by a message that does not name the field:\n{error}") from error
         else:
             raise Broken(f"{text} is not refused")

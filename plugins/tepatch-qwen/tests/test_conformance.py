@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig, Qwen3VLConfig
 
 from tepatch.testing import Case, conformance_tests
 
@@ -60,6 +60,33 @@ QWEN3_MOE = Case(
     gpu=Qwen3MoeConfig(**GPU, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=512),
 )
 
+QWEN3_VL = Case(
+    "text-of-a-larger-model",
+    Qwen3VLConfig(
+        text_config={
+            **SIZES,
+            "head_dim": 24,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": SIZES["hidden_size"],
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=SIZES["vocab_size"] - 2,
+        vision_start_token_id=SIZES["vocab_size"] - 3,
+        video_token_id=SIZES["vocab_size"] - 1,
+    ),
+    auto_class="AutoModelForImageTextToText",
+    refuse=[{f"text_config.{name}": value for name, value in change.items()} for change in REFUSE],
+)
+
 test_qwen2 = conformance_tests("qwen2", [QWEN2])
 test_qwen3 = conformance_tests("qwen3", [QWEN3])
 test_qwen3_moe = conformance_tests("qwen3_moe", [QWEN3_MOE])
+test_qwen3_vl = conformance_tests("qwen3_vl", [QWEN3_VL])

@@ -9,6 +9,7 @@ import tepatch
 __all__ = ["tepatch_patches"]
 
 _HF = "transformers.models"
+_VL = f"{_HF}.qwen3_vl.modeling_qwen3_vl"
 
 
 @tepatch.hookimpl
@@ -42,4 +43,14 @@ def tepatch_patches() -> Iterable[tepatch.Patch]:
         },
         mapping="tepatch_qwen:qwen3_moe.tepatch.yaml",
         summary="Qwen 3 with experts (30B-A3B, 235B-A22B, ...)",
+    )
+    yield tepatch.Patch(
+        name="qwen3_vl",
+        model_types=("qwen3_vl_text",),
+        replace={
+            f"{_VL}:Qwen3VLTextDecoderLayer": "tepatch_qwen.vl:Qwen3VLTextDecoderLayer",
+            f"{_VL}:Qwen3VLTextRotaryEmbedding": "tepatch_qwen.vl:Qwen3VLTextRotaryEmbedding",
+        },
+        mapping="tepatch_qwen:qwen3_vl.tepatch.yaml",
+        summary="Qwen 3 VL: the text part",
     )
