@@ -81,7 +81,8 @@ def test_json_stands_alone_on_stdout_though_a_plugin_prints(site: Site) -> None:
 def test_each_patch_of_a_plugin_has_a_row(site: Site) -> None:
     site.install("noisy", OFFERS_LLAMA)
     result = site.run("plugins", COLUMNS="40")
-    assert "one, two     Other [models]" in result.stdout  # in a pipe, nothing is cut to a width
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(row.endswith("one, two Other [models]") for row in rows)  # in a pipe, nothing is cut to a width
 
 
 def test_a_patch_that_two_plugins_offer_is_no_wrong_usage(site: Site) -> None:
