@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
     ``[batch, tokens, hidden]``.
 
     - ``normalization`` is ``"RMSNorm"``, ``"LayerNorm"``, or None for no norm before QKV;
-    - ``qk_norm``: queries and keys are normed over each head (``q_norm``, ``k_norm``), before they are rotated;
+    - ``qk_norm``: an RMSNorm over each head of queries and keys (``q_norm``, ``k_norm``), before they are rotated;
     - ``softcap``: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118, section 2);
     - ``window``: how many keys a query sees, itself counted;
     - ``is_causal`` False: every token sees all of its sequence (no cache, no window).

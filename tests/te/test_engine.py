@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tepatch.te import engine
+from tepatch.te import engine, reference
 
 
 class Theirs(nn.Module):
@@ -75,3 +75,23 @@ def test_one_query_sees_a_cache_as_it_lies_and_all_else_is_made_contiguous(atten
     attention(query.clone().requires_grad_(), key, value, attn_mask_type="no_mask")
     attention.train()(query, key, value, attn_mask_type="no_mask")
     assert attention.calls == [(True, True, True)] * 4
+
+
+def test_a_softcap_is_the_references_where_transformer_engine_has_none() -> None:
+    class Old(nn.Module):
+        def __init__(self, heads: int, channels: int) -> None:
+            super().__init__()
+
+    class New(nn.Module):
+        def __init__(self, heads: int, channels: int, softcap: float = 0.0) -> None:
+            super().__init__()
+            self.softcap = softcap
+
+    old, new = (type("Exact", (base,), {}) for base in (Old, New))
+    assert isinstance(engine._attention(old, 2, 8), Old)
+    capped = engine._attention(old, 2, 8, softcap=50.0)
+    assert isinstance(capped, reference.DotProductAttention)
+    assert capped.softcap == 50
+    capped = engine._attention(new, 2, 8, softcap=50.0)
+    assert isinstance(capped, New)
+    assert capped.softcap == 50
