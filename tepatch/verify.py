@@ -147,6 +147,7 @@ def verify(
     backend: BackendName = AUTO,
     mapping: str | PathLike[str] | None = None,
     auto_class: AutoClass = None,
+    drop: Sequence[str] = (),
 ) -> Verification:
     """Load a checkpoint with the patch and with transformers, and compare their logits over ``token_ids``.
 
@@ -185,6 +186,7 @@ def verify(
         backend=backend,
         mapping=mapping,
         auto_class=auto_class,
+        drop=drop,
         progress=False,
     )
     report: Report = model.tepatch  # type: ignore[assignment]

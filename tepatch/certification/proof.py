@@ -36,8 +36,9 @@ from tepatch.certification.sides import Side, open_side
 from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.manifest import printable
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, SaveError
-from tepatch.hf.config import read_config
+from tepatch.hf.config import AutoClass, read_config
 from tepatch.job import AUTO
+from tepatch.mapping.accounting import DROPPED
 from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Plan, is_convertible
 from tepatch.plugins import default_host
@@ -64,6 +65,8 @@ def certify(
     destination: str | PathLike[str],
     *,
     mapping: str | PathLike[str] | None = None,
+    auto_class: AutoClass = None,
+    drop: Sequence[str] = (),
     dtype: torch.dtype | str = AUTO,
     out: str | PathLike[str] | None = None,
     write: bool = True,
@@ -84,6 +87,9 @@ def certify(
     deviation is measured and held against the bound of that operation. ``dtype`` says through which dtype the values
     went where neither checkpoint does: original to original by way of a model. Copies of tied tensors may be left
     out of the destination, and so may tensors that the mapping ignores.
+
+    ``auto_class`` is the class that both are taken for, and ``drop`` names tensors of the source that are left out, as
+    ``convert`` has them: the certificate lists them as ignored.
 
     ``variant``, ``subfolder``, ``revision`` and ``use_safetensors`` are the source's. ``token_ids`` (``[batch,
     tokens]``) also compares logits with transformers', on whichever side is in the original's layout, loaded in
@@ -109,9 +115,9 @@ def certify(
     if write:
         check_writable(folder)  # now, and not after hours
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
-        options: dict[str, Any] = {"mapping": mapping, "dtype": dtype, "plugins": plugins}
-        src = open_side(stack, first, patch, may_not_fit=False, **options)
-        dst = open_side(stack, second, patch, may_not_fit=True, **options)
+        options: dict[str, Any] = {"mapping": mapping, "dtype": dtype, "plugins": plugins, "auto_class": auto_class}
+        src = open_side(stack, first, patch, drop=drop, may_not_fit=False, **options)
+        dst = open_side(stack, second, patch, drop=(), may_not_fit=True, **options)
         logits = _Logits.of(src, dst, token_ids) if token_ids is not None else None
         bar = stack.enter_context(ProgressBar(_nbytes(first) + _nbytes(second), progress, "comparing"))
 
@@ -134,7 +140,9 @@ def certify(
     relation = src.job.relation
     parity = None
     if logits is not None:
-        parity = logits.parity(src.job.patch, mapping=mapping, dtype=dtype)
+        parity = logits.parity(
+            src.job.patch, mapping=mapping, dtype=dtype, auto_class=auto_class, drop=drop if logits.side is src else ()
+        )
         if not parity["passed"]:
             problems.append(Problem(where=parity["location"], what=f"the logits do not agree: {parity['verdict']}"))
     certificate = Certificate(
@@ -150,7 +158,7 @@ def certify(
         tensors=tuple(rows),
         constants=sum(len(side.relation.constants) for side in (src, dst) if side.relation and side.is_native),
         problems=tuple(problems),
-        notes=tuple(_notes(src, dst)),
+        notes=tuple(_notes(src, dst, has_class=auto_class is not None)),
         parity=parity,
     )
     if write:
@@ -431,8 +439,12 @@ def _advancing(
     return done
 
 
-def _notes(src: Side, dst: Side) -> list[str]:
+def _notes(src: Side, dst: Side, *, has_class: bool) -> list[str]:
     notes = [note for side in (src, dst) if side.job is not None for note in side.job.reading.notes]
+    if has_class and src.job is not None:
+        notes.append(f"both are taken for {type(src.job.model).__name__}, the class that was asked for")
+    if dropped := [name for name, reason in src.ignored.items() if reason == DROPPED]:
+        notes.append(f"dropped from the source by the caller: {', '.join(fold(dropped, 12))}")
     for side in (src, dst):
         manifest = side.checkpoint.manifest
         if manifest is not None and manifest.ignored:
@@ -452,7 +464,7 @@ def _notes(src: Side, dst: Side) -> list[str]:
 class _Logits:
     """Logits that are to be compared, once the tensors are; that they can be is settled before."""
 
-    location: str
+    side: Side
     whose: str
     token_ids: torch.Tensor
 
@@ -486,11 +498,11 @@ class _Logits:
         ids = _checked_ids(
             token_ids, vocabulary=read_config(side.checkpoint.config_folder).get_text_config().vocab_size
         )
-        return cls(location=location, whose="the destination" if side is dst else "the source", token_ids=ids)
+        return cls(side=side, whose="the destination" if side is dst else "the source", token_ids=ids)
 
-    def parity(self, patch: Patch, *, mapping: str | PathLike[str] | None, dtype: torch.dtype | str) -> dict[str, Any]:
-        """Load both ways and compare; JSON-ready."""
-        made = verify(patch, self.location, token_ids=self.token_ids, mapping=mapping, dtype=dtype)
+    def parity(self, patch: Patch, **arguments: Any) -> dict[str, Any]:
+        """Load both ways, with the ``arguments`` of ``verify``, and compare; JSON-ready."""
+        made = verify(patch, self.side.checkpoint.location, token_ids=self.token_ids, **arguments)
         verdict = judge(made)
         return {
             **made.to_json(),

@@ -20,6 +20,7 @@ from tepatch.certification.comparison import affines_of
 from tepatch.checkpoint import Checkpoint, torch_dtype
 from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.errors import PlanError
+from tepatch.hf.config import AutoClass
 from tepatch.job import NATIVE, ORIGINAL, Job, find_patch, given_config, settle
 from tepatch.mapping.bind import IDENTITY, Affine
 from tepatch.mapping.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
@@ -169,6 +170,8 @@ def open_side(
     mapping: str | PathLike[str] | None,
     dtype: torch.dtype | str,
     plugins: PluginHost | None,
+    auto_class: AutoClass,
+    drop: Iterable[str],
     may_not_fit: bool,
 ) -> Side:
     """Settle what a checkpoint is, and open it for as long as ``stack`` lasts.
@@ -183,7 +186,16 @@ def open_side(
     chosen = checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype
 
     def settled(dtype: torch.dtype | str) -> Job:
-        with settle(resolved, config, checkpoint, dtype=dtype, backend="reference", mapping=mapping) as job:
+        with settle(
+            resolved,
+            config,
+            checkpoint,
+            dtype=dtype,
+            backend="reference",
+            mapping=mapping,
+            auto_class=auto_class,
+            drop=drop,
+        ) as job:
             return job
 
     try:

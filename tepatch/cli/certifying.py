@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tepatch.cli.options import AutoClassName, Drop, MappingFile, chosen_patch
 from tepatch.cli.options import DtypeName as _DtypeName
-from tepatch.cli.options import MappingFile, chosen_patch
 from tepatch.cli.output import FAILED, AsJson, print_json, reporting
 from tepatch.cli.tables import print_red
 
@@ -27,6 +27,8 @@ def certify(
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where the certificate goes; by default into DST.")
     ] = None,
     mapping: MappingFile = None,
+    auto_class: AutoClassName = None,
+    drop: Drop = None,
     dtype: Annotated[
         _DtypeName,
         typer.Option("--dtype", help="The dtype that values went through, where neither SRC nor DST says so."),
@@ -67,7 +69,8 @@ def certify(
       tepatch certify --check DST         later, and without SRC: is every byte still what it was?
 
     Both are read; each may be in the original layout or in that of the patch's layers. Where values were rounded on
-    purpose, DST must hold exactly the rounded ones, and the largest deviation is stated with its bound. The
+    purpose, DST must hold exactly the rounded ones, and the largest deviation is stated with its bound. What was
+    converted with --auto-class and --drop is certified with them: DST need not give back what SRC is to drop. The
     certificate (tepatch-certificate.json, and .html for people) has the sha256 of every tensor and file. It shows
     damage and edits; it is not a signature.
 
@@ -76,6 +79,7 @@ def certify(
     if check is not None:
         given = {
             **{"PATCH": patch, "--out": out, "--mapping": mapping, "--verify": verify, "--text": text},
+            **{"--auto-class": auto_class, "--drop": drop},
             **{"--variant": variant, "--subfolder": subfolder, "--revision": revision},
             "--dtype": dtype if dtype != "auto" else None,
         }
@@ -104,6 +108,8 @@ def certify(
             source,
             destination,
             mapping=mapping,
+            auto_class=auto_class,
+            drop=drop or (),
             dtype=dtype,
             out=out,
             token_ids=_tokens(destination, text, source=opened) if verify else None,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tepatch.cli.options import Dtype, MappingFile, PatchName, chosen_patch
+from tepatch.cli.options import AutoClassName, Drop, Dtype, MappingFile, PatchName, chosen_patch
 from tepatch.cli.output import AsJson, print_json, reporting
 
 
@@ -31,6 +31,8 @@ def convert(
     subfolder: Annotated[str, typer.Option(metavar="FOLDER", help="A folder below SRC.")] = "",
     revision: Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit of a hub id.")] = None,
     mapping: MappingFile = None,
+    auto_class: AutoClassName = None,
+    drop: Drop = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,6 +58,8 @@ def convert(
             subfolder=subfolder,
             revision=revision,
             mapping=mapping,
+            auto_class=auto_class,
+            drop=drop or (),
             progress=False if quiet or as_json else None,
         )
     if as_json:

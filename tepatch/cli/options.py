@@ -26,6 +26,28 @@ Backend = Annotated[
 MappingFile = Annotated[
     Path | None, typer.Option("--mapping", metavar="FILE", help="Use this mapping file instead of the patch's own.")
 ]
+AutoClassName = Annotated[
+    str | None,
+    typer.Option(
+        "--auto-class",
+        metavar="CLASS",
+        help="The model's class: an auto class or a model class of transformers. By default the config's own.",
+    ),
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop", metavar="NAME", help="Leave out this tensor of the checkpoint, or all of a module. Can be repeated."
+    ),
+]
+Fresh = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fresh",
+        metavar="NAME",
+        help="Draw this tensor, or all of a module, as in a new model: the checkpoint has none. Can be repeated.",
+    ),
+]
 
 
 def chosen_patch(name: str, *, as_json: bool) -> Patch | str:

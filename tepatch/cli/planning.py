@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tepatch.cli.options import Backend, Dtype, MappingFile, PatchName, chosen_patch
+from tepatch.cli.options import AutoClassName, Backend, Drop, Dtype, Fresh, MappingFile, PatchName, chosen_patch
 from tepatch.cli.output import FAILED, AsJson, print_json, reporting
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def plan(
     revision: Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit of a hub id.")] = None,
     mapping: MappingFile = None,
     backend: Backend = "auto",
+    auto_class: AutoClassName = None,
+    fresh: Fresh = None,
+    drop: Drop = None,
     diff: Annotated[
         Path | None,
         typer.Option(
@@ -63,6 +66,9 @@ def plan(
             dtype=dtype,
             backend=backend,
             mapping=file,
+            auto_class=auto_class,
+            fresh=fresh or (),
+            drop=drop or (),
             variant=variant,
             subfolder=subfolder,
             revision=revision,

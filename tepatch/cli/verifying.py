@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tepatch.cli.options import Backend, Dtype, MappingFile, PatchName, chosen_patch
+from tepatch.cli.options import AutoClassName, Backend, Drop, Dtype, MappingFile, PatchName, chosen_patch
 from tepatch.cli.output import FAILED, AsJson, print_json, reporting
 from tepatch.cli.tables import print_table
 
@@ -39,6 +39,8 @@ def verify(
     ] = None,
     backend: Backend = "auto",
     mapping: MappingFile = None,
+    auto_class: AutoClassName = None,
+    drop: Drop = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a patched model's logits with those of transformers.
@@ -76,6 +78,8 @@ def verify(
             device=device,
             backend=backend,
             mapping=mapping,
+            auto_class=auto_class,
+            drop=drop or (),
         )
         made = dataclasses.replace(made, location=location)
         verdict = tepatch.verify.judge(made)

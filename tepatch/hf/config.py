@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,7 +40,24 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             Problem(where=str(path), what="transformers can not read this config", details=told(error))
         ) from error
+    _follow_type(config, path)
     return config
+
+
+def _follow_type(config: PreTrainedConfig, path: Path) -> None:
+    """Where transformers takes a config for one of another type, name the architectures as that type does.
+
+    It reads a Mistral with ``layer_types`` as Ministral, whose models its auto classes then build, and leaves
+    ``architectures`` as the file has it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    stated = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if stated == config.model_type or not config.architectures:
+        return
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    classes = {table[stated]: table[config.model_type] for table in tables if {stated, config.model_type} <= set(table)}
+    config.architectures = [classes.get(name, name) for name in config.architectures]
 
 
 def model_class(config: PreTrainedConfig, auto_class: AutoClass = None, *, stated: str = "") -> type[PreTrainedModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -425,7 +426,9 @@ class _Planner:
             elif entries:
                 self._tell(problems.missing(self.rules[index], entries, free))
         for (index, expected, found), names in self.misshapen.items():
-            self._tell(problems.misshapen(self.rules[index], names, expected, found))
+            problem = problems.misshapen(self.rules[index], names, expected, found)
+            fix = _turning_fix(self.rules[index], names[0]) if _is_turned(expected, found) else ""
+            self._tell(replace(problem, fix=f"{fix}; else {problem.fix}") if fix else problem)
         for (index, found_dtype, wanted), names in self.mistyped.items():
             self._tell(problems.mistyped(self.rules[index], names, wanted, found_dtype))
         for index, names in self.unknown_targets.items():
@@ -437,6 +440,26 @@ def _rest_rule(base: str, where: str) -> Rule:
     """What stands for ``rest: same`` among the rules. No name matches it: it is for what is left."""
     text = f"every parameter outside '{base}'"
     return Rule(where=where, target=NameTemplate(text, (text,), ()), conditions=(), choices=())
+
+
+def _is_turned(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a shape is the expected one with the last two dimensions swapped, which is what ``transpose`` does."""
+    return len(expected) > 1 and found == (*expected[:-2], expected[-1], expected[-2])
+
+
+def _turning_fix(rule: Rule, name: str) -> str:
+    """How the rule would take a tensor that is turned over; empty for a copy of a tied one, which no rule turns."""
+    if not rule.choices:
+        return "if the checkpoint stores it turned over, add a rule for it with 'transpose: true'"
+    todo = [(node, False) for node in rule.choices]
+    while todo:
+        node, is_turning = todo.pop()
+        is_turning ^= sum(isinstance(step, rules.Transpose) for step in node.axes) % 2 == 1
+        if isinstance(node, rules.Leaf) and node.source.pattern.match(name):
+            how = "take 'transpose: true' out of" if is_turning else "put 'transpose: true' to it in"
+            return f"if the checkpoint stores it turned over, {how} the rule"
+        todo += [(child, is_turning) for child in rules.children(node)]
+    return ""
 
 
 def _consumption_error(pairs: list[Pair], numel: int) -> str | None:

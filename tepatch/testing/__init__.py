@@ -9,6 +9,17 @@ For authors of plugins; nothing else in tepatch imports it. It needs pytest for 
 
 from tepatch.testing.cases import Case
 from tepatch.testing.report import CaseReport, Conformance, Outcome
+from tepatch.testing.sizes import refusals, small_sizes, wide_sizes
 from tepatch.testing.suite import check_patch, conformance_tests
 
-__all__ = ["Case", "CaseReport", "Conformance", "Outcome", "check_patch", "conformance_tests"]
+__all__ = [
+    "Case",
+    "CaseReport",
+    "Conformance",
+    "Outcome",
+    "check_patch",
+    "conformance_tests",
+    "refusals",
+    "small_sizes",
+    "wide_sizes",
+]

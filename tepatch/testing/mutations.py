@@ -2,7 +2,8 @@
 
 A check that can not fail proves nothing. So every rule is dropped, its values are changed, its layers are shifted, its
 parts are dealt out otherwise, and tensors of one shape are exchanged; and the layers are told another rope base, and a
-window that is one longer or shorter. A proof has to refuse such a mapping, or the outputs have to show it.
+window that is one longer or shorter. What ``rest: same`` carries (a head) is treated as if each tensor had its rule. A
+proof has to refuse such a mapping, or the outputs have to show it.
 
 A mapping that comes to the same plan as the true one is no mistake (the rule is off for this config), and neither is
 a change of the config that Hugging Face's own model does not notice. Such are not counted.
@@ -25,7 +26,7 @@ from tepatch.mapping.expressions import parse
 from tepatch.mapping.names import parse_name
 from tepatch.mapping.plan import Plan, SourceEntry
 from tepatch.mapping.read import read_mapping
-from tepatch.mapping.rules import Constant, Leaf, Located, Mapping, Node, Parts, Rule, TieNode, Transpose
+from tepatch.mapping.rules import Constant, Leaf, Located, Mapping, Node, Parts, Rule, TieNode, Transpose, is_below
 from tepatch.testing.cases import Bench, changed, layers_of, rope_tables, window_of
 from tepatch.testing.parity import distance, numbers
 from tepatch.testing.results import Broken, Finding, NotApplicable
@@ -108,10 +109,14 @@ def _try(bench: Bench, mutant: Mutant, ids: Tensor, truth: Tensor, index: int) -
 
 
 def mutants(rules: Mapping, bench: Bench) -> Iterator[Mutant]:
-    """Mistakes: no more than seven for each rule of the mapping."""
+    """Mistakes: no more than seven for each rule of the mapping, and for each tensor that ``rest`` carries."""
     sources = _as_in_rules(rules, bench.plan)
+    if rules.rest is not None:
+        yield Mutant("drop the rest", replace(rules, rest=None))
     for rule in rules.rules:
         yield Mutant(f"drop {rule.target}", replace(rules, rules=tuple(r for r in rules.rules if r is not rule)))
+    rules = replace(rules, rules=(*rules.rules, *_rest_rules(rules, bench.plan)))
+    for rule in rules.rules:
         yield _in_rule(rules, rule, "without its scale and offset", _without_values)
         if not any(isinstance(node, TieNode | Constant) or node.scale or node.offset for node in nodes_of(rule)):
             yield _in_rule(rules, rule, "scaled and offset", lambda node, rule=rule: _with_values(node, rule))
@@ -126,6 +131,15 @@ def mutants(rules: Mapping, bench: Bench) -> Iterator[Mutant]:
         prefix = "" if bench.config.get_text_config() is bench.config else "text_config."
         for off in (1, -1):
             yield Mutant(f"sliding_window {off:+}", fields={f"{prefix}sliding_window": window + off})
+
+
+def _rest_rules(rules: Mapping, plan: Plan) -> Iterator[Rule]:
+    """What ``rest`` stands for in this plan, a rule for each tensor; they make the plan that it makes without them."""
+    for copy in plan.copies:
+        # A rule below the name of the base is about the base, wherever this model has it, and not about what is beside.
+        if copy.rule == len(rules.rules) and not is_below(copy.target, rules.base or ""):
+            leaf = Leaf(where=copy.target, source=parse_name(copy.source))
+            yield Rule(where=copy.target, target=parse_name(copy.target), conditions=(), choices=(leaf,))
 
 
 def _in_rule(rules: Mapping, rule: Rule, what: str, change: Any) -> Mutant:

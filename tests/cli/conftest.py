@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama_mapping() -> str:
-    """The text of the Llama plugin's own mapping."""
-    from tepatch.plugins import default_host
-
-    return default_host().patch("llama").mapping_path().read_text(encoding="utf-8")
+    """The text of the mapping that Llama's extends: all that it is for a model without biases."""
+    return (resources.files("tepatch.te") / "decoder.tepatch.yaml").read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tepatch.certification.certificate import CERTIFICATE, PAGE
 
@@ -108,6 +110,53 @@ def test_values_that_were_rounded_on_the_way_are_declared(run: Run, source: Path
     assert run("certify", "llama", source, back, "--dtype", "bfloat16").exit_code == 0
 
 
+AS_BARE = ("--auto-class", "AutoModel", "--drop", "lm_head")
+
+
+def test_what_was_converted_as_another_class_is_certified_as_such(run: Run, source: Path, tmp_path: Path) -> None:
+    te, back = tmp_path / "te", tmp_path / "back"
+    assert run("convert", "llama", source, te, *AS_BARE).exit_code == 0
+    assert run("convert", "llama", te, back).exit_code == 0
+    for destination in (te, back):
+        assert run("certify", "llama", source, destination).exit_code == 1
+        result = run("certify", "llama", source, destination, *AS_BARE)
+        assert result.exit_code == 0, result.stderr
+        assert "  1 ignored\n" in result.stdout
+        assert "note: both are taken for LlamaModel, the class that was asked for\n" in result.stdout
+        assert "note: dropped from the source by the caller: lm_head.weight\n" in result.stdout
+        written = json.loads((destination / CERTIFICATE).read_text())
+        (row,) = [tensor for tensor in written["tensors"] if tensor["status"] == "ignored"]
+        assert (row["name"], row["note"]) == ("lm_head.weight", "dropped by the caller")
+        assert run("certify", "--check", destination, "--source", source).exit_code == 0
+
+
+def test_nothing_is_dropped_from_a_source_of_parameters(run: Run, source: Path, te: Path) -> None:
+    result = run("certify", "llama", te, source, "--drop", "lm_head")
+    assert result.exit_code == 1
+    assert "fresh, drop: a checkpoint in the layout of the layers holds the parameters of one model" in result.stderr
+
+
+def test_what_the_source_drops_may_not_be_in_the_destination(run: Run, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "copy")
+    result = run("certify", "llama", source, tmp_path / "copy", *AS_BARE)
+    assert result.exit_code == 1
+    assert "lm_head.weight" in result.stderr
+
+
+def test_logits_are_compared_without_what_the_source_drops(run: Run, source: Path, tmp_path: Path) -> None:
+    weights = source / "model.safetensors"
+    save_file({**load_file(weights), "extra.weight": torch.ones(2)}, weights, metadata={"format": "pt"})
+    dropped = ("--drop", "extra", "--auto-class", "AutoModelForCausalLM")
+    te, back = tmp_path / "te", tmp_path / "back"
+    assert run("convert", "llama", source, te, *dropped).exit_code == 0
+    assert run("convert", "llama", te, back).exit_code == 0
+    for destination, compared in ((te, source), (back, back)):
+        result = run("certify", "llama", source, destination, *dropped, "--verify", "--json")
+        assert result.exit_code == 0, result.stderr
+        parity = json.loads(result.stdout)["parity"]
+        assert (parity["location"], parity["passed"]) == (str(compared), True)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -125,6 +174,8 @@ def test_values_that_were_rounded_on_the_way_are_declared(run: Run, source: Path
         ("--check", ".", "--subfolder", "x"),
         ("--check", ".", "--revision", "main"),
         ("--check", ".", "--dtype", "bfloat16"),
+        ("--check", ".", "--auto-class", "AutoModel"),
+        ("--check", ".", "--drop", "lm_head"),
         ("no-such-patch", "a", "b"),
         ("llama", "a", "b", "--workers", "0"),
     ],

@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "shards": (["--max-shard-size", "20KB"], {"max_shard_size": "20KB"}),
     "layout": (["--to", "te"], {"to": "te"}),
     "workers": (["--workers", "3"], {"workers": 3}),
+    "class": (["--auto-class", "AutoModel", "--drop", "lm_head"], {"auto_class": "AutoModel", "drop": ["lm_head"]}),
 }
 
 

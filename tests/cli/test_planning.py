@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
@@ -72,6 +72,28 @@ def test_a_mapping_of_ones_own_is_used(run: Run, tiny: Path, tmp_path: Path, lla
     assert result.exit_code == 1
     (problem,) = json.loads(result.stdout)["error"]["problems"]
     assert "model.norm.weight" in str(problem)
+
+
+def test_another_class_is_planned_with_what_is_fresh_and_dropped(run: Run, tiny: Path, tmp_path: Path) -> None:
+    words = ["plan", "llama", tiny, "--auto-class", "AutoModelForSequenceClassification"]
+    refused = run(*words, "--json")
+    assert refused.exit_code == 1
+    assert len(json.loads(refused.stdout)["error"]["problems"]) == 2
+    choices = ["--drop", "lm_head", "--fresh", "score"]
+    result = run(*words, *choices, "--json")
+    assert result.exit_code == 0, result.stderr
+    chosen: dict[str, Any] = {"auto_class": words[-1], "drop": ["lm_head"], "fresh": ["score"]}
+    assert json.loads(result.stdout) == tepatch.plan("llama", tiny, **chosen).to_json()
+    (tmp_path / "old.json").write_text(result.stdout)
+    assert run(*words, *choices, "--diff", tmp_path / "old.json").exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--drop", "--fresh"])
+def test_names_that_mean_no_tensor_are_all_told(option: str, run: Run, tiny: Path) -> None:
+    result = run("plan", "llama", tiny, option, "scores", option, "heads", "--json")
+    assert result.exit_code == 1
+    problems = json.loads(result.stdout)["error"]["problems"]
+    assert [(each["where"], each["found"]) for each in problems] == [(option[2:], "'scores'"), (option[2:], "'heads'")]
 
 
 @pytest.mark.skipif(probe().usable, reason="Transformer Engine can be used here")

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tepatch.cli.output import print_json
 from tepatch.cli.tokens import SAMPLE
@@ -93,6 +96,31 @@ def test_a_hub_id_is_verified_from_the_cache_alone(
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["location"] == "org/tiny"
     assert asked == []
+
+
+def test_another_class_is_verified_without_what_is_dropped(run: Run, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    tensors = {**LlamaForSequenceClassification(config).state_dict(), "lm_head.weight": torch.ones(64, 32)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokens").write_text("[[3, 1, 4], [1, 5, 9]]")
+    words = ["verify", "llama", tmp_path, *SHORT, "--tokens", tmp_path / "tokens"]
+    as_classifier = ["--auto-class", "LlamaForSequenceClassification"]
+    for one_alone in (as_classifier, ["--drop", "lm_head"]):
+        refused = run(*words, *one_alone)
+        assert refused.exit_code == 1
+        assert "lm_head.weight" in refused.stderr
+    result = run(*words, *as_classifier, "--drop", "lm_head")
+    assert result.exit_code == 0, result.stderr
 
 
 def test_a_real_model_passes_in_float32(run: Run, smollm2: Path) -> None:

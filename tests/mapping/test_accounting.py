@@ -107,6 +107,48 @@ def test_a_wrong_shape_is_told_with_both(llama: Callable[..., Any]) -> None:
     assert (problem.expected, problem.found) == ("[16, 64]", "[32, 64]")
 
 
+@pytest.mark.parametrize(
+    ("rule", "fix"),
+    [
+        ("t: x", "put 'transpose: true' to it in the rule"),
+        ("t: {of: x, transpose: true}", "take 'transpose: true' out of the rule"),
+        ("t: {of: {of: x, transpose: true}, transpose: true}", "put 'transpose: true' to it in the rule"),
+        ("t: {concat: [{of: y, transpose: true}, x]}", "put 'transpose: true' to it in the rule"),
+        ("t: {of: {concat: [x, y], dim: 1}, transpose: true}", "take 'transpose: true' out of the rule"),
+    ],
+)
+def test_a_tensor_that_is_turned_over_is_told_to_be(rule: str, fix: str, plan_problems: Problems) -> None:
+    target = (8, 3) if "y" in rule else (4, 3)
+    shape = (4, 3) if fix.startswith("take") else (3, 4)
+    sources = {"x": shape, **({"y": (3, 4)} if "y" in rule else {})}
+    problem = only(plan_problems(f"parameters: {{'t': {rule.partition(': ')[2]}}}", sources, {"t": target}))
+    assert problem.fix.startswith(f"if the checkpoint stores it turned over, {fix}; else check that config.json")
+    assert (problem.details, problem.found) == (("x",), str(list(shape)))
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "is_told"),
+    [((2, 4, 3), (2, 3, 4), True), ((2, 4, 3), (3, 4, 2), False), ((4, 3), (3, 5), False), ((4,), (4, 1), False)],
+)
+def test_only_what_transpose_swaps_is_turned_over(
+    expected: tuple[int, ...], found: tuple[int, ...], is_told: bool, plan_problems: Problems
+) -> None:
+    problem = only(plan_problems("parameters: {t: x}", {"x": found}, {"t": expected}))
+    assert ("transpose" in problem.fix) is is_told
+
+
+def test_what_is_outside_the_base_and_turned_over_needs_a_rule(plan_problems: Problems) -> None:
+    text = "base: model\nrest: same\nparameters: {model.norm: same}"
+    sources, targets = {"model.norm": (3,), "head": (3, 4)}, {"model.norm": (3,), "head": (4, 3)}
+    assert "add a rule for it with 'transpose: true'" in only(plan_problems(text, sources, targets)).fix
+
+
+def test_a_copy_of_a_tied_tensor_is_not_told_to_be_turned_over(plan_problems: Problems) -> None:
+    text = "parameters: {t: x, u: {tie: t}}"
+    problem = only(plan_problems(text, {"x": (4, 3), "u": (3, 4)}, {"t": (4, 3)}, ties={"u": "t"}))
+    assert "transpose" not in problem.fix
+
+
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I64", "BOOL"])
 def test_a_dtype_that_would_change_the_meaning_is_refused(dtype: str, llama: Callable[..., Any]) -> None:
     case = llama()

@@ -14,25 +14,16 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as hf
 
 import tepatch
+from tepatch import te
 from tepatch.errors import PluginError
 from tepatch.te.attention import SelfAttention
 from tepatch.te.decoder import attention_options
 from tepatch.te.rope import Float32Rotary
-from tepatch.testing import Case, Conformance, check_patch
+from tepatch.testing import Case, Conformance, check_patch, small_sizes
 from tepatch_llama import layer as llama
 
-MAPPING = Path(llama.__file__).with_name("llama.tepatch.yaml")
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+MAPPING = Path(te.__file__).with_name("decoder.tepatch.yaml")
+"""All that Llama's mapping is for a model without biases."""
 PARITY = [
     *("no-mask", "left-padding", "right-padding", "lengths", "positions", "packing", "decoding", "chunks"),
     *("chunks-left-padded", "static-caches", "generation", "hidden-states", "gradients"),
@@ -40,7 +31,7 @@ PARITY = [
 
 
 def tiny(**config: Any) -> LlamaConfig:
-    return LlamaConfig(**{**TINY, **config})
+    return LlamaConfig(**small_sizes(**{"num_hidden_layers": 2, **config}))
 
 
 def kind(base: type, name: str) -> Callable[[type], type]:
@@ -119,7 +110,7 @@ def patch(*, layer: str = "", rotary: str = "", mapping: Path = MAPPING) -> tepa
 
 
 def edited(folder: Path, old: str, new: str) -> Path:
-    """Llama's mapping with another text in it."""
+    """The mapping with another text in it."""
     text = MAPPING.read_text()
     assert text.count(old) == 1
     path = folder / "edited.tepatch.yaml"
@@ -244,8 +235,7 @@ def test_a_config_that_is_not_refused_as_promised_fails(refuse: dict[str, Any], 
 
 
 def test_a_refusal_that_does_not_name_the_field_fails(tmp_path: Path) -> None:
-    old = "  - num_hidden_layers > 0: a model without layers has nothing to replace"
-    text = edited(tmp_path, old, f"{old}\n  - spread < 0.5: too much").read_text()
+    text = edited(tmp_path, "\nrequires:\n", "\nrequires:\n  - spread < 0.5: too much\n").read_text()
     mapping = tmp_path / "hidden.tepatch.yaml"
     mapping.write_text(text.replace("\nsizes:\n", "\nsizes:\n  spread: initializer_range\n"))
     case = Case("tiny", tiny(), refuse={"initializer_range": 0.9})

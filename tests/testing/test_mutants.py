@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from tepatch.mapping import Spec, make_plan, parse_mapping
+from tepatch.mapping import Spec, make_plan, parse_mapping, read_mapping
 from tepatch.plugins import default_host
 from tepatch.testing.cases import Bench, Case, changed, rope_tables, window_of
 from tepatch.testing.checkpoints import apart
@@ -86,7 +86,7 @@ def bench(tmp_path: Path) -> Bench:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        vocab_size=128,
+        vocab_size=64,
         tie_word_embeddings=False,
         attention_bias=True,
         max_position_embeddings=256,
@@ -95,7 +95,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_every_kind_of_mistake_is_made(bench: Bench) -> None:
-    rules = parse_mapping(bench.patch.mapping_path().read_text())
+    rules = read_mapping(bench.patch.mapping_path())
     names = [mutant.name for mutant in mutants(rules, bench)]
     qkv = "model.layers.{layer}.self_attn.qkv.weight"
     proj = "model.layers.{layer}.self_attn."
@@ -107,11 +107,33 @@ def test_every_kind_of_mistake_is_made(bench: Bench) -> None:
         f"{qkv} transposed, {proj}q_proj.weight",
         f"swap {proj}q_proj.weight and {proj}k_proj.weight",
         "swap model.layers.{layer}.mlp.gate_proj.weight and model.layers.{layer}.mlp.up_proj.weight",
-        "swap model.layers.{layer}.input_layernorm.weight and model.layers.{layer}.self_attn.q_proj.bias",
+        "swap model.layers.{layer}.input_layernorm.weight and model.layers.{layer}.post_attention_layernorm.weight",
         "three times rope_parameters.rope_theta",
+        "drop the rest",
+        "lm_head.weight scaled and offset",
+        "lm_head.weight transposed, lm_head.weight",
+        "swap model.embed_tokens.weight and lm_head.weight",
     } <= set(names)
+    assert "drop lm_head.weight" not in names  # it would only be one of the rest again
     assert len(names) == len(set(names))
     assert len(names) < 7 * len(rules.rules)
+
+
+def test_a_rule_is_made_for_no_tensor_that_would_be_taken_for_one_of_the_base(tmp_path: Path) -> None:
+    """The vision tower of Llava is at ``model.vision_tower``, and rules below ``model`` are about its text part."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16),
+        text_config=LlamaConfig(**sizes, vocab_size=64, tie_word_embeddings=False),
+        tie_word_embeddings=False,
+    )
+    bench = Bench(
+        default_host().patch("llama"), Case("llava", config, auto_class="AutoModelForImageTextToText"), tmp_path
+    )
+    assert any("vision_tower" in name for name in bench.plan.targets)
+    names = [mutant.name for mutant in mutants(read_mapping(bench.patch.mapping_path()), bench)]
+    assert not [name for name in names if "vision_tower" in name]
+    assert "lm_head.weight scaled and offset" in names
 
 
 def test_parts_of_a_parameter_are_never_in_one_file(bench: Bench) -> None:
