@@ -13,10 +13,11 @@ from tepatch.mapping.document import Document, Loc, parse_document, read_documen
 from tepatch.mapping.nodes import NodeBuilder
 from tepatch.mapping.parsing import Parser
 from tepatch.mapping.rules import Located, Mapping, Rule
-from tepatch.mapping.validate import validate
+from tepatch.mapping.validate import suggest, validate
 
 _ARROW = "<-"
 _RESERVED = ("true", "false", "none")
+_REQUIREMENT = "'name: {that: condition, else: sentence}', or 'condition: sentence'"
 
 
 def read_mapping(path: str | Path, *, name: str | None = None) -> Mapping:
@@ -134,26 +135,43 @@ class _Reader(Parser):
     def _table(self, section: str, entries: dict[str, Any]) -> dict[str, Located]:
         out = {}
         for name, value in entries.items():
-            if not name.isidentifier() or name in _RESERVED:
-                self.problem((section, name), f"'{name}' is not a name (letters, digits and '_')")
+            self._check_name(name, (section, name))
             if (located := self.expression(value, (section, name))) is not None:
                 out[name] = located
         return out
 
+    def _check_name(self, name: str, loc: Loc) -> None:
+        if not name.isidentifier() or name in _RESERVED:
+            self.problem(loc, f"'{name}' is not a name (letters, digits and '_')")
+
     def _requires(self) -> tuple[rules.Requirement, ...]:
-        out = {str(item.condition): item for item in (self.parent.requires if self.parent else ())}
+        """Inherited requirements and the file's own, each under its name or, without one, under its condition."""
+        out = {item.name or str(item.condition): item for item in (self.parent.requires if self.parent else ())}
+        first: dict[str, str] = {}
         for index, entry in enumerate(self.file.requires):
             loc: Loc = ("requires", index)
             if len(entry) != 1:
-                self.problem(loc, "one requirement is 'condition: sentence'")
+                self.problem(loc, f"one requirement is {_REQUIREMENT}")
                 continue
-            ((condition, sentence),) = entry.items()
-            located = self.expression(condition, loc)
-            if sentence is None:
-                if out.pop(condition, None) is None:
-                    self.problem(loc, f"nothing to drop: no inherited requirement '{condition}'")
-            elif located is not None:
-                out[condition] = rules.Requirement(condition=located, sentence=sentence)
+            ((key, value),) = entry.items()
+            of_condition = (name for name, item in out.items() if str(item.condition) == key)
+            known = key if key in out else next(of_condition, key)
+            if isinstance(value, schema.Requirement):
+                self._check_name(key, loc)
+                if key in first:
+                    self.problem(loc, f"a second requirement '{key}' (first at {first[key]})")
+                first[key] = self.document.where(loc)
+                if (condition := self.expression(value.that, (*loc, key, "that"))) is not None:
+                    out[key] = rules.Requirement(condition=condition, sentence=value.otherwise, name=key)
+            elif value is None:
+                if out.pop(known, None) is None:
+                    fix = suggest(key, list(out)) if out else ""
+                    self.problem(loc, f"nothing to drop: no inherited requirement '{key}'", fix=fix)
+            elif known in out and out[known].name == key:
+                self.problem(loc, f"'{key}' is the name of a requirement", fix=f"write {_REQUIREMENT}")
+            elif (condition := self.expression(key, loc)) is not None:
+                name = out[known].name if known in out else ""
+                out[known] = rules.Requirement(condition=condition, sentence=value, name=name)
         return tuple(out.values())
 
     def _ignored(self) -> list[rules.Ignored]:

@@ -134,6 +134,8 @@ class Rule:
 class Requirement:
     condition: Located
     sentence: str
+    name: str = ""
+    """Under which a mapping that extends this one replaces or drops it; "" for one that is known by its condition."""
 
 
 @dataclass(frozen=True, kw_only=True)

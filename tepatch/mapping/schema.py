@@ -191,8 +191,31 @@ Tree = TypeAliasType(
 )
 """A rule, a list of rules (the first whose `when` holds is used), null (removes an inherited rule), or a scope."""
 
+
 _STRUCTURE = ("<choice>", "<remove>", "<scope>")
-TAGS = frozenset({"<name>", "<rule>", *_STRUCTURE, *(f"<{key}>" for key in OPERATIONS)})
+
+
+class Requirement(_Strict):
+    """A condition on the config with a name, by which a mapping that extends this one replaces or drops it."""
+
+    that: str = Field(description="The condition.")
+    otherwise: str = Field(alias="else", description="What the user reads if it does not hold.")
+
+
+def _kind_of_requirement(value: Any) -> str:
+    if value is None:
+        return "<drop>"
+    return "<requirement>" if isinstance(value, dict) else "<sentence>"
+
+
+Required = Annotated[
+    Annotated[str, Tag("<sentence>")] | Annotated[Requirement, Tag("<requirement>")] | Annotated[None, Tag("<drop>")],
+    Discriminator(_kind_of_requirement),
+]
+
+TAGS = frozenset(
+    {"<name>", "<rule>", "<sentence>", "<requirement>", "<drop>", *_STRUCTURE, *(f"<{key}>" for key in OPERATIONS)}
+)
 """What the unions above add to the place of an error."""
 
 
@@ -203,8 +226,10 @@ class MappingFile(_Strict):
     extends: str | None = Field(default=None, description="Another mapping: 'file.yaml' or 'package:file.yaml'.")
     captures: dict[str, Expr] = Field(default={}, description="{name}: a count, or a list of numbers.")
     sizes: dict[str, Expr] = Field(default={}, description="Names for sizes, used by axes and expressions.")
-    requires: list[dict[str, str | None]] = Field(
-        default=[], description="'condition: what the user reads if it does not hold' (null drops an inherited one)."
+    requires: list[dict[str, Required]] = Field(
+        default=[],
+        description="'name: {that: condition, else: what the user reads if it does not hold}', or "
+        "'condition: sentence' for one without a name (null drops an inherited one).",
     )
     ignore: list[dict[str, str]] = Field(default=[], description="'source name: why it is not needed'.")
     base: str | None = Field(

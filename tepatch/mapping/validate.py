@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tepatch.errors import MappingError, Problem
 from tepatch.mapping import schema
 from tepatch.mapping.document import Document, Loc
+
+_FORMS: dict[str, type[BaseModel]] = {**schema.OPERATIONS, "requirement": schema.Requirement}
+"""What has keys of its own, by the tag that an error's place has."""
 
 
 def validate(document: Document) -> schema.MappingFile:
@@ -37,14 +40,14 @@ def validate(document: Document) -> schema.MappingFile:
 def _explain(document: Document, error: dict[str, Any]) -> Problem:
     kind, tags = error["type"], [part for part in error["loc"] if _is_tag(part)]
     loc: Loc = tuple(part for part in error["loc"] if not _is_tag(part))
-    operation = schema.OPERATIONS.get(tags[-1].strip("<>")) if tags else None
+    form = _FORMS.get(tags[-1].strip("<>"), schema.MappingFile) if tags else schema.MappingFile
     if kind == "missing":
         return Problem(where=document.where(loc[:-1]), what=f"'{loc[-1]}' is missing")
     if kind == "extra_forbidden":
-        known = list((operation or schema.MappingFile).model_fields)
         if loc[:-1] and loc[-2] in ("take", "pad"):
-            known = list((schema.Take if loc[-2] == "take" else schema.Pad).model_fields)
-        return Problem(where=document.where(loc), what=f"unknown key '{loc[-1]}'", fix=_suggest(str(loc[-1]), known))
+            form = schema.Take if loc[-2] == "take" else schema.Pad
+        known = [field.alias or name for name, field in form.model_fields.items()]
+        return Problem(where=document.where(loc), what=f"unknown key '{loc[-1]}'", fix=suggest(str(loc[-1]), known))
     if kind == "union_tag_invalid":
         return Problem(
             where=document.where(loc),
@@ -75,7 +78,8 @@ def _misspelt_operation(value: Any) -> str:
     return "no key is an operation" if isinstance(value, dict) else ""
 
 
-def _suggest(word: str, known: list[str]) -> str:
+def suggest(word: str, known: list[str]) -> str:
+    """What to do about a word that is none of ``known``."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
 

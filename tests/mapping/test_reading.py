@@ -365,7 +365,49 @@ def test_all_problems_of_a_file_are_told_at_once(refused: Refused) -> None:
 
 def test_a_requirement_is_one_condition(refused: Refused) -> None:
     problem = only(refused("requires:\n  - {a > 1: x, b > 1: y}\nparameters: {}\n"))
-    assert (problem.where, problem.what) == ("m.yaml:3:5", "one requirement is 'condition: sentence'")
+    assert problem.where == "m.yaml:3:5"
+    assert problem.what == "one requirement is 'name: {that: condition, else: sentence}', or 'condition: sentence'"
+
+
+def test_a_requirement_can_have_a_name() -> None:
+    text = (
+        "version: 1\nrequires:\n  - even:\n      that: a % 2 == 0\n      else: it is odd\n  - b: no b\nparameters: {}\n"
+    )
+    even, other = parse_mapping(text, name="m.yaml").requires
+    assert (even.name, str(even.condition), even.sentence) == ("even", "a % 2 == 0", "it is odd")
+    assert even.condition.where == "m.yaml:4:13"
+    assert (other.name, str(other.condition)) == ("", "b")
+
+
+@pytest.mark.parametrize(
+    ("entry", "where", "what"),
+    [
+        ("even: {that: a}", "m.yaml:3:5", "'else' is missing"),
+        ("even: {else: a}", "m.yaml:3:5", "'that' is missing"),
+        ("even: {that: a, esle: b, else: c}", "m.yaml:3:21", "unknown key 'esle'"),
+        ("even: {that: a, else: }", "m.yaml:3:27", "'else': Input should be a valid string"),
+        ("even: {that: true, else: b}", "m.yaml:3:18", "'that': Input should be a valid string"),
+        ("even: {that: a +, else: b}", "m.yaml:3:18", "'a +' is not an expression: invalid syntax"),
+        ("a b: {that: a, else: b}", "m.yaml:3:5", "'a b' is not a name (letters, digits and '_')"),
+        ("none: {that: a, else: b}", "m.yaml:3:5", "'none' is not a name (letters, digits and '_')"),
+        ("even: [a, b]", "m.yaml:3:11", "'even': Input should be a valid string"),
+    ],
+)
+def test_what_is_wrong_with_a_named_requirement_is_told_at_its_place(
+    refused: Refused, entry: str, where: str, what: str
+) -> None:
+    problem = only(refused(f"requires:\n  - {entry}\nparameters: {{}}\n"))
+    assert (problem.where, problem.what) == (where, what)
+
+
+def test_the_keys_of_a_requirement_are_suggested(refused: Refused) -> None:
+    problem = only(refused("requires:\n  - {even: {that: a, else: b, esle: c}}\nparameters: {}\n"))
+    assert problem.fix == "did you mean 'else'?"
+
+
+def test_a_file_has_no_two_requirements_of_a_name(refused: Refused) -> None:
+    problem = only(refused("requires:\n  - x: {that: a, else: b}\n  - x: {that: c, else: d}\nparameters: {}\n"))
+    assert (problem.where, problem.what) == ("m.yaml:4:5", "a second requirement 'x' (first at m.yaml:3:5)")
 
 
 def test_parts_keep_their_order_and_their_sizes() -> None:

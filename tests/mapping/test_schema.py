@@ -47,6 +47,10 @@ NO_RULES = [
 ]
 
 
+REQUIREMENTS = ["{a > 1: b}", "{a: null}", "{a: {that: b, else: c}}"]
+NO_REQUIREMENTS = ["a", "{a: 1}", "{a: {that: b}}", "{a: {that: b, else: c, d: e}}", "{a: {that: b, else: null}}"]
+
+
 def document(rule: str) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(f"version: 1\nparameters:\n  a: {rule}\n")
     return found
@@ -59,9 +63,9 @@ def validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-def test_the_mapping_of_llama_is_valid(validator: Any, pytestconfig: pytest.Config) -> None:
-    path = pytestconfig.rootpath / "plugins/tepatch-llama/src/tepatch_llama/llama.tepatch.yaml"
-    validator.validate(yaml.safe_load(path.read_text()))
+def test_the_mappings_of_the_toolkit_and_of_llama_are_valid(validator: Any, pytestconfig: pytest.Config) -> None:
+    for name in ("tepatch/te/decoder", "plugins/tepatch-llama/src/tepatch_llama/llama"):
+        validator.validate(yaml.safe_load((pytestconfig.rootpath / f"{name}.tepatch.yaml").read_text()))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -74,6 +78,19 @@ def test_a_rule_that_is_refused_is_not_valid(validator: Any, rule: str) -> None:
     with pytest.raises(MappingError):
         parse_mapping(f"version: 1\nparameters:\n  a: {rule}\n")
     assert not validator.is_valid(document(rule))
+
+
+@pytest.mark.parametrize("entry", REQUIREMENTS)
+def test_a_requirement_of_any_form_is_valid(validator: Any, entry: str) -> None:
+    validator.validate(yaml.safe_load(f"version: 1\nrequires: [{entry}]\nparameters: {{}}"))
+
+
+@pytest.mark.parametrize("entry", NO_REQUIREMENTS)
+def test_a_requirement_of_no_form_is_not_valid(validator: Any, entry: str) -> None:
+    text = f"version: 1\nrequires: [{entry}]\nparameters: {{}}"
+    with pytest.raises(MappingError):
+        parse_mapping(text)
+    assert not validator.is_valid(yaml.safe_load(text))
 
 
 @pytest.mark.parametrize("text", ["version: 2\nparameters: {}", "version: 1", "version: 1\nparameters: {}\nx: 1"])

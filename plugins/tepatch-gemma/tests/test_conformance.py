@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Gemma2Config, Gemma3TextConfig, GemmaConfig
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from tepatch.testing import Case, check_patch, conformance_tests
+from tepatch.testing import Case, conformance_tests, refusals, small_sizes, wide_sizes
 
 
 def capped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any) -> Any:
@@ -27,16 +26,8 @@ def capped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 AttentionInterface.register("capped", capped)
 AttentionMaskInterface.register("capped", eager_mask)
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # not hidden_size / num_attention_heads
-    "vocab_size": 128,
-    "max_position_embeddings": 2048,
-}
-GPU = {**TINY, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "vocab_size": 1000}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "head_dim": 32}  # not hidden_size / num_attention_heads
+WIDE_HEADS: dict[str, Any] = {"num_attention_heads": 4, "head_dim": 128}
 # Far from 1 / head_dim, and a cap below the scores: without them the outputs are others.
 SCORES: dict[str, Any] = {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "sliding_window": 8}
 CAPPED = {**SCORES, "attn_logit_softcapping": 2.0, "attn_implementation": "capped"}
@@ -44,39 +35,24 @@ TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
-REFUSED = {
-    "use_bidirectional_attention": True,
-    "is_causal": False,
-    "quantization_config": {"quant_method": "fp8"},
-    "num_hidden_layers": 0,
-    "num_key_value_heads": 3,
-    "head_dim": 33,
+
+
+TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+LATER: dict[str, Any] = {
+    "one_way": {"use_bidirectional_attention": True},
+    "activation": {"hidden_activation": "gelu"},
+    "scale": {"query_pre_attn_scalar": 0},
+    "window": {"sliding_window": 0},
 }
-REFUSED_LATER = {**REFUSED, "hidden_activation": "gelu", "query_pre_attn_scalar": 0, "sliding_window": 0}
-LONG = {f"rope_parameters.{kind}.rope_type": "longrope" for kind in TWO_ROPES}
-
-
-def gemma(**fields: Any) -> GemmaConfig:
-    return GemmaConfig(**{**TINY, "num_hidden_layers": 2, **fields})
-
-
-def gemma2(**fields: Any) -> Gemma2Config:
-    return Gemma2Config(**{**TINY, **CAPPED, "num_hidden_layers": 3, **fields})
-
-
-def gemma3(**fields: Any) -> Gemma3TextConfig:
-    types = ["sliding_attention", "sliding_attention", "full_attention"]
-    return Gemma3TextConfig(**{**TINY, **SCORES, "num_hidden_layers": 3, "layer_types": types, **fields})
-
 
 test_gemma = conformance_tests(
     "gemma",
     [
         Case(
             "one key head",
-            gemma(num_key_value_heads=1),
-            refuse={**REFUSED, "hidden_act": "gelu", "rope_parameters.rope_type": "?"},
-            gpu=gemma(**GPU, num_hidden_layers=4),
+            GemmaConfig(**small_sizes(**HEADS, num_hidden_layers=2, num_key_value_heads=1)),
+            refuse=refusals(one_way={"use_bidirectional_attention": True}),
+            gpu=GemmaConfig(**wide_sizes(**WIDE_HEADS)),
         )
     ],
 )
@@ -85,9 +61,9 @@ test_gemma2 = conformance_tests(
     [
         Case(
             "biases",
-            gemma2(attention_bias=True),
-            refuse={**REFUSED_LATER, "attn_logit_softcapping": 0.0, "rope_parameters.rope_type": "?"},
-            gpu=gemma2(**GPU, num_hidden_layers=4, sliding_window=64),
+            Gemma2Config(**small_sizes(**HEADS, **CAPPED, attention_bias=True)),
+            refuse=refusals(**LATER, cap={"attn_logit_softcapping": 0.0}),
+            gpu=Gemma2Config(**wide_sizes(**WIDE_HEADS, **{**CAPPED, "sliding_window": 64})),
         )
     ],
 )
@@ -96,40 +72,31 @@ test_gemma3 = conformance_tests(
     [
         Case(
             "two ropes",
-            gemma3(rope_parameters=TWO_ROPES, tie_word_embeddings=False),
-            refuse={**REFUSED_LATER, **LONG, "attn_logit_softcapping": 50.0},
+            Gemma3TextConfig(
+                **small_sizes(
+                    **HEADS, **SCORES, layer_types=TYPES, rope_parameters=TWO_ROPES, tie_word_embeddings=False
+                )
+            ),
+            refuse=refusals(
+                **LATER,
+                cap={"attn_logit_softcapping": 50.0},
+                rope={"rope_parameters.full_attention.rope_type": "longrope"},
+                rope_of_windows={"rope_parameters.sliding_attention.rope_type": "longrope"},
+            ),
             invisible={
                 "model.layers.{layer}.self_attn.qkv.layernorm_weight scaled and offset": (
                     "1 + w becomes 1.5 times that: queries and keys are normed, and what values give is too"
                 )
             },
-            gpu=gemma3(**GPU, rope_parameters=TWO_ROPES, sliding_window=64),
+            gpu=Gemma3TextConfig(
+                **wide_sizes(
+                    **WIDE_HEADS,
+                    **{**SCORES, "sliding_window": 64},
+                    num_hidden_layers=3,
+                    layer_types=TYPES,
+                    rope_parameters=TWO_ROPES,
+                )
+            ),
         )
     ],
 )
-
-ROPES: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "dynamic": {},
-    "yarn": {"original_max_position_embeddings": 16},
-    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
-    "longrope": {
-        "short_factor": [1.0 + 0.1 * i for i in range(16)],
-        "long_factor": [2.0 + 0.3 * i for i in range(16)],
-        "original_max_position_embeddings": 16,
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("patch", "kind"), [("gemma", kind) for kind in ROPES] + [("gemma3", kind) for kind in ROPES if kind != "longrope"]
-)
-def test_a_rope_type_that_is_not_refused_is_computed(patch: str, kind: str) -> None:
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **ROPES[kind]}
-    limit = {"max_position_embeddings": 16} if kind == "dynamic" else {}
-    if patch == "gemma":
-        config: Any = gemma(rope_parameters=rope, **limit)
-    else:
-        ropes = {"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 100.0}}
-        config = gemma3(rope_parameters=ropes, **limit)
-    check_patch(patch, [Case(kind, config)], checks=["lengths"]).raise_for_failures()

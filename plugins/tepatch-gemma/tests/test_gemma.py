@@ -11,18 +11,11 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 import tepatch
+from tepatch.testing import small_sizes
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-}
+TEXT = small_sizes(
+    head_dim=32, sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+)
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 PICTURE = 100
 """The token in whose place a part of a picture goes."""

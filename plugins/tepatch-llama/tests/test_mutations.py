@@ -11,38 +11,31 @@ import torch
 
 import tepatch
 from tepatch.errors import PlanError
-from tepatch.plugins import default_host
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
 
 MHA = {"num_key_value_heads": 4}  # q, k and v have equal shapes: nothing but the numbers can tell them apart
+SIZES = "sizes: [q, kv, kv]"
 SWAPS = {
-    "gate and up": ("mlp.gate_proj.weight, mlp.up_proj.weight", "mlp.up_proj.weight, mlp.gate_proj.weight"),
-    "q and k": (
-        "self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj",
-        "self_attn.k_proj.weight, self_attn.q_proj.weight, self_attn.v_proj",
-    ),
-    "k and v": (
-        "self_attn.k_proj.weight, self_attn.v_proj.weight]",
-        "self_attn.v_proj.weight, self_attn.k_proj.weight]",
-    ),
-    "the two norms": ("layernorm_weight: input_layernorm", "layernorm_weight: post_attention_layernorm"),
+    "gate and up": ["mlp.fc1_weight: {concat: [mlp.up_proj.weight, mlp.gate_proj.weight]}"],
+    **{
+        name: [f"self_attn.qkv.weight: {{concat: [{', '.join(f'self_attn.{x}_proj.weight' for x in order)}], {SIZES}}}"]
+        for name, order in (("q and k", "kqv"), ("k and v", "qvk"))
+    },
+    "the two norms": [
+        "self_attn.qkv.layernorm_weight: post_attention_layernorm.weight",
+        "mlp.layernorm_weight: input_layernorm.weight",
+    ],
 }
+"""Rules with two sources of equal shape exchanged."""
 
 
 def swapped(name: str, folder: Path) -> Path:
-    """The plugin's mapping with two equal-shaped sources exchanged."""
-    text = default_host().patch("llama").mapping_path().read_text()
-    first, second = SWAPS[name]
-    if name == "the two norms":  # exchanged in both places, or the mapping would not even be consistent
-        text = text.replace("mlp.layernorm_weight: post_attention_layernorm", "X: input_layernorm")
-        text = text.replace(first, second).replace("X:", "mlp.layernorm_weight:")
-    else:
-        assert first in text
-        text = text.replace(first, second)
+    """The plugin's mapping with these rules in the place of its own."""
+    head = "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
     path = folder / "mutant.yaml"
-    path.write_text(text)
+    path.write_text(head + "".join(f"    {rule}\n" for rule in SWAPS[name]))
     return path
 
 

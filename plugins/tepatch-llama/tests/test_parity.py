@@ -202,7 +202,7 @@ def test_what_the_layer_can_not_compute_is_refused_before_reading(
         setattr(settings, key, value)
     with pytest.raises(PlanError, match=message) as caught:
         tepatch.load("llama", folder, config=settings)
-    assert caught.value.problems[0].where.startswith("llama.tepatch.yaml:")
+    assert caught.value.problems[0].where.startswith("decoder.tepatch.yaml:")
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import MinistralConfig, MistralConfig
 
-from tepatch.testing import Case, conformance_tests
+from tepatch.testing import Case, conformance_tests, refusals, small_sizes, wide_sizes
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
-GPU: dict[str, Any] = {
-    **SIZES,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "vocab_size": 1000,
-    "max_position_embeddings": 2048,
-}
-REFUSE: list[dict[str, Any]] = [
-    {"hidden_act": "gelu"},
-    {"rope_parameters.rope_type": "proportional"},
-    {"sliding_window": 1},
-    {"num_hidden_layers": 0},
-    {"num_key_value_heads": 3},
-    {"head_dim": 15},
-    {"is_causal": False},
-    {"quantization_config": {"quant_method": "fp8"}},
-]
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 WINDOW = Case(
     "window",
-    MistralConfig(**SIZES, head_dim=24, sliding_window=8),
-    refuse=[*REFUSE, {"layer_types": ["full_attention"] * 3}],
-    gpu=MistralConfig(**GPU, head_dim=128, sliding_window=64),
+    MistralConfig(**small_sizes(head_dim=24, sliding_window=8)),
+    refuse=refusals(window={"sliding_window": 1}, one_window={"layer_types": [FULL] * 3}),
+    gpu=MistralConfig(**wide_sizes(head_dim=128, sliding_window=64)),
 )
-NO_WINDOW = Case("no-window", MistralConfig(**{**SIZES, "num_key_value_heads": 1}, sliding_window=None))
+NO_WINDOW = Case("no-window", MistralConfig(**small_sizes(num_key_value_heads=1, sliding_window=None)))
 ALTERNATING = Case(
     "alternating",
-    MinistralConfig(
-        **SIZES, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
-    ),
-    refuse=[*REFUSE, {"sliding_window": None}, {"head_dim": None}],
-    gpu=MinistralConfig(**GPU, head_dim=64, sliding_window=64, layer_types=["sliding_attention", "full_attention"] * 2),
+    MinistralConfig(**small_sizes(head_dim=16, sliding_window=8, layer_types=[SLIDING, FULL, SLIDING])),
+    refuse=refusals(window={"sliding_window": 1}, no_window={"sliding_window": None}, head_dim={"head_dim": None}),
+    gpu=MinistralConfig(**wide_sizes(head_dim=64, sliding_window=64, layer_types=[SLIDING, FULL] * 2)),
 )
 
 test_mistral = conformance_tests("mistral", [WINDOW, NO_WINDOW])

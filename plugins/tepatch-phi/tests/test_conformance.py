@@ -6,21 +6,23 @@ from typing import Any
 
 from transformers import Phi3Config
 
-from tepatch.testing import Case, conformance_tests
+from tepatch.testing import Case, conformance_tests, refusals, small_sizes, wide_sizes
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 256,
     "original_max_position_embeddings": 32,
-    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-GPU = {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+def small(**fields: Any) -> Phi3Config:
+    return Phi3Config(**small_sizes(**{**SIZES, "num_hidden_layers": 2, **fields}))
+
+
+def wide(**fields: Any) -> Phi3Config:
+    return Phi3Config(**wide_sizes(**{**SIZES, "num_key_value_heads": 8, "vocab_size": 128, **fields}))
 
 
 def longrope(factors: int) -> dict[str, Any]:
@@ -37,23 +39,14 @@ def longrope(factors: int) -> dict[str, Any]:
 CASES = [
     Case(
         "window",  # Phi-3-mini-4k
-        Phi3Config(**SIZES, sliding_window=8),
-        gpu=Phi3Config(**GPU, sliding_window=32),
-        refuse=[
-            {"hidden_act": "gelu"},
-            {"rope_parameters.rope_type": "yarn"},
-            {"num_hidden_layers": 0},
-            {"num_attention_heads": 6},
-            {"head_dim": 15},
-            {"sliding_window": 0},
-            {"is_causal": False},
-            {"quantization_config": {"quant_method": "fp8"}},
-        ],
+        small(sliding_window=8),
+        gpu=wide(sliding_window=32),
+        refuse=refusals(rope={"rope_parameters.rope_type": "yarn"}, window={"sliding_window": 0}),
     ),
     Case(
         "longrope",  # Phi-4-mini
-        Phi3Config(**SIZES, num_key_value_heads=2, rope_parameters=longrope(6), tie_word_embeddings=True),
-        gpu=Phi3Config(**GPU, num_key_value_heads=2, rope_parameters=longrope(24), tie_word_embeddings=True),
+        small(num_key_value_heads=2, rope_parameters=longrope(6), tie_word_embeddings=True),
+        gpu=wide(num_key_value_heads=2, rope_parameters=longrope(24), tie_word_embeddings=True),
     ),
 ]
 

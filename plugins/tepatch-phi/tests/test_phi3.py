@@ -10,18 +10,9 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import tepatch
+from tepatch.testing import small_sizes
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "original_max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
+TINY = small_sizes(num_hidden_layers=2, num_key_value_heads=4, original_max_position_embeddings=32, eos_token_id=None)
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

@@ -10,16 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 import tepatch
+from tepatch.testing import small_sizes
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-}
+SIZES = small_sizes(num_hidden_layers=2)
 WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 
@@ -42,13 +35,6 @@ def test_no_number_can_be_trained_that_hugging_faces_model_does_not_have(
     fresh = {n: p for n, p in stock.state_dict().items() if p.dim() == 1}  # norms and biases: not random
     assert fresh
     assert all(torch.equal(ours.state_dict()[n], p) for n, p in fresh.items())
-
-
-@pytest.mark.parametrize(("name", "config"), [("qwen2", Qwen2Config(**SIZES)), ("qwen3", Qwen3Config(**SIZES))])
-def test_angles_stay_in_float32_when_the_model_is_cast(name: str, config: PreTrainedConfig) -> None:
-    rotary: Any = tepatch.build(name, config, backend="reference").bfloat16().model.rotary_emb
-    assert rotary.inv_freq.dtype == torch.float32
-    assert all(table.dtype == torch.float32 for table in rotary(torch.ones(1, dtype=torch.bfloat16), torch.ones(1, 1)))
 
 
 def test_masks_that_generation_makes_for_each_kind_of_layer_are_understood(tmp_path: Path) -> None:

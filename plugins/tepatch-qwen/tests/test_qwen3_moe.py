@@ -11,20 +11,11 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tepatch
+from tepatch.testing import small_sizes
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+SIZES = small_sizes(
+    num_hidden_layers=4, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, initializer_range=0.2
+)
 CONFIGS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "all": ({}, [0, 1, 2, 3]),
     "every_second": ({"decoder_sparse_step": 2, "norm_topk_prob": True}, [1, 3]),

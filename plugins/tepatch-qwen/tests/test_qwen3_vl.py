@@ -9,23 +9,15 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tepatch
+from tepatch.testing import small_sizes
 from tepatch_qwen.vl import Qwen3VLTextDecoderLayer
 
 IMAGE, START = 100, 101
 
 
 def checkpoint(folder: Path) -> Any:
-    text = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "vocab_size": 128,
-        "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 3, 3]},
-    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 3, 3]}
+    text = small_sizes(head_dim=24, rope_parameters=rope)
     vision = {
         "depth": 2,
         "hidden_size": 32,
