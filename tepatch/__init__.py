@@ -11,15 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tepatch.api import build, certify, check_certificate, convert, load, plan, save, set_precision
+    from tepatch.api import build, certify, check_certificate, convert, load, plan, save, set_precision, weight_copies
     from tepatch.errors import TepatchError
     from tepatch.hookspecs import hookimpl
     from tepatch.patch import Patch
     from tepatch.replace import replace_layers
+    from tepatch.streaming.settings import Reading
 
 __version__ = "0.1.0"
 __all__ = [
     "Patch",
+    "Reading",
     "TepatchError",
     "build",
     "certify",
@@ -31,10 +33,12 @@ __all__ = [
     "replace_layers",
     "save",
     "set_precision",
+    "weight_copies",
 ]
 
 _HOMES = {
     "Patch": "tepatch.patch",
+    "Reading": "tepatch.streaming.settings",
     "TepatchError": "tepatch.errors",
     "build": "tepatch.api",
     "certify": "tepatch.api",
@@ -46,6 +50,7 @@ _HOMES = {
     "replace_layers": "tepatch.replace",
     "save": "tepatch.api",
     "set_precision": "tepatch.api",
+    "weight_copies": "tepatch.api",
 }
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tepatch.te import reference
+from tepatch.te import frozen, reference
 from tepatch.te.alignment import alignment_of, check_features, with_padded_rows
 from tepatch.te.backend import Modules
 from tepatch.te.fused import FusedLinear, FusedMLP, FusedNormLinear
@@ -91,8 +91,8 @@ def grouped_mlp(experts: Experts, rows: Tensor, counts: Sequence[int]) -> Tensor
         sizes = {"hidden_size": experts.hidden_size, "ffn_hidden_size": experts.ffn_hidden_size}
         check_features("Experts", sizes, alignment.features)
         rows, splits = te.Fp8Padding(experts.num_experts, alignment.rows)(rows, splits)
-    first = _grouped_step(experts, te, "gate_up_proj")(rows, splits)
-    out: Tensor = _grouped_step(experts, te, "down_proj")(activated(first, experts.activation), splits)
+    first = _grouped_step(experts, te, "gate_up_proj", recipe)(rows, splits)
+    out: Tensor = _grouped_step(experts, te, "down_proj", recipe)(activated(first, experts.activation), splits)
     if rows is not given:
         out = te.Fp8Unpadding(experts.num_experts, alignment.rows)(out, list(counts))
     return out
@@ -134,7 +134,7 @@ def _linear(cls: type[nn.Module]) -> type[nn.Module]:
         """Transformer Engine's ``Linear``, with places for adapters and for any number of tokens."""
 
         def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            out: Tensor = _padded(self, cls.forward, inp, *args, **kwargs)
+            out: Tensor = _padded(self, self, cls.forward, inp, *args, **kwargs)
             return out
 
     return Linear
@@ -147,7 +147,7 @@ def _norm_linear(cls: type[nn.Module], te: Any) -> type[nn.Module]:
         def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
             if _is_wide(inp) and not self.return_layernorm_output:
                 return self.compute_with_normed(inp, *args, **kwargs)[0]
-            out: Tensor | tuple[Tensor, ...] = _padded(self, cls.forward, inp, *args, **kwargs)
+            out: Tensor | tuple[Tensor, ...] = _padded(self, self, cls.forward, inp, *args, **kwargs)
             return out
 
         def compute_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def _norm_linear(cls: type[nn.Module], te: Any) -> type[nn.Module]:
             as_it_was = self.return_layernorm_output
             self.return_layernorm_output = True
             try:
-                out, normed = _padded(self, cls.forward, inp, *args, **kwargs)
+                out, normed = _padded(self, self, cls.forward, inp, *args, **kwargs)
             finally:
                 self.return_layernorm_output = as_it_was
             return out, normed
@@ -173,7 +173,7 @@ def _mlp(cls: type[nn.Module], te: Any) -> type[nn.Module]:
             if _is_wide(inp):
                 first, _ = self.first_with_normed(inp, *args, **kwargs)
                 return self.second(self.activate(first), *args, **kwargs)
-            out: Tensor = _padded(self, cls.forward, inp, *args, **kwargs)
+            out: Tensor = _padded(self, self, cls.forward, inp, *args, **kwargs)
             return out
 
         def first_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def _mlp(cls: type[nn.Module], te: Any) -> type[nn.Module]:
                 normed = _normed_in_float32(self, inp)
                 return _linear_step(self, te, "fc1_weight", "fc1_bias")(normed, *args, **kwargs), normed
             step = _norm_linear_step(self, te)
-            out, normed = _padded(self, lambda _, *given, **more: step(*given, **more), inp, *args, **kwargs)
+            out, normed = _padded(self, step, nn.Module.__call__, inp, *args, **kwargs)
             return out, normed
 
         def activate(self, first: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _mlp(cls: type[nn.Module], te: Any) -> type[nn.Module]:
 
         def second(self, activated: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = _linear_step(self, te, "fc2_weight", "fc2_bias")
-            out: Tensor = _padded(self, lambda _, *given, **more: step(*given, **more), activated, *args, **kwargs)
+            out: Tensor = _padded(self, step, nn.Module.__call__, activated, *args, **kwargs)
             return out
 
     return LayerNormMLP
@@ -229,18 +229,32 @@ def _normed_in_float32(module: Any, inp: Tensor) -> Tensor:
         return F.layer_norm(inp, weight.shape, weight, module.layernorm_bias.float(), module.eps)
 
 
-def _padded(module: nn.Module, forward: Callable[..., Any], inp: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of a module, with rows of zeros where a quantized product needs more than ``inp`` has."""
+def _padded(
+    owner: nn.Module, module: nn.Module, forward: Callable[..., Any], inp: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """``forward`` of ``module``, with rows of zeros where a quantized product needs more than ``inp`` has.
+
+    ``module`` is ``owner`` or a step of it. Weights are not quantized again while they are frozen, unless the caller
+    has said himself (``is_first_microbatch``) when they are.
+    """
     recipe = recipe_in_force()
     if recipe is None:
+        if not torch.compiler.is_compiling():
+            frozen.forget(module)
         return forward(module, inp, *args, **kwargs)
     alignment = alignment_of(recipe)
-    for name, parameter in module._parameters.items():
+    weights = []
+    for name, parameter in owner._parameters.items():
         if parameter is not None and parameter.dim() == 2:
             rows, columns = parameter.shape
             sizes = {"out_features": rows, "in_features": columns}
-            check_features(f"{type(module).__name__}.{name}", sizes, alignment.features)
-    return with_padded_rows(lambda rows: forward(module, rows, *args, **kwargs), inp, alignment.rows)
+            check_features(f"{type(owner).__name__}.{name}", sizes, alignment.features)
+            weights.append(parameter)
+    if args or "is_first_microbatch" in kwargs:
+        return with_padded_rows(lambda rows: forward(module, rows, *args, **kwargs), inp, alignment.rows)
+    return with_padded_rows(
+        lambda rows: frozen.compute(forward, owner, module, weights, recipe, rows, **kwargs), inp, alignment.rows
+    )
 
 
 class Steps(dict[str, nn.Module]):
@@ -308,7 +322,7 @@ def _step(owner: nn.Module, name: str, make: Callable[[], nn.Module], names: Map
     return step
 
 
-def _grouped_step(experts: Experts, te: Any, name: str) -> Callable[[Tensor, list[int]], Tensor]:
+def _grouped_step(experts: Experts, te: Any, name: str, recipe: Any) -> Callable[[Tensor, list[int]], Tensor]:
     """Transformer Engine's ``GroupedLinear`` over the matrices in one parameter ``[num_experts, out, in]``."""
     packed = getattr(experts, name)
 
@@ -327,7 +341,12 @@ def _grouped_step(experts: Experts, te: Any, name: str) -> Callable[[Tensor, lis
         # One operation for all: a slice for each expert would have a gradient as large as the whole.
         step._parameters.update(zip(names, packed.unbind(0), strict=True))
         try:
-            out: Tensor = step(inp, splits)
+            out: Tensor
+            if recipe is None:
+                frozen.forget(step)
+                out = step(inp, splits)
+            else:
+                out = frozen.compute(nn.Module.__call__, experts, step, [packed], recipe, inp, splits)
         finally:
             step._parameters.update(dict.fromkeys(names))  # nothing of this batch's graph is kept
         return out
@@ -415,11 +434,20 @@ def _exact_attention(cls: type[nn.Module]) -> type[nn.Module]:
                 and _is_plain_decoding(self, query)
             ):
                 return _attend_to_all(query, key, value, scale=self._scale)
-            tensors = (tensor.contiguous() for tensor in (query, key, value))
-            out: Tensor = super().forward(*tensors, *args, **kwargs)
+            out: Tensor = super().forward(*(_as_laid_out(each) for each in (query, key, value)), *args, **kwargs)
             return out
 
     return DotProductAttention
+
+
+def _as_laid_out(tensor: Tensor) -> Tensor:
+    """``tensor``, contiguous; a copy if it is a single token's part of a fused projection.
+
+    That one is contiguous and still a view of the others' memory, of which Transformer Engine can make nothing.
+    """
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() != tensor.nbytes and tensor.shape[:-2].numel() == 1:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()
 
 
 _KEPT_WHEN_PICKLED = frozenset(

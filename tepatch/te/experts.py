@@ -30,6 +30,9 @@ class Experts(nn.Module):
     ``down_proj`` [num_experts, hidden_size, f]. ``activation`` is a gated activation by Transformer Engine's name.
     """
 
+    caches_weights: bool = True
+    """Whether quantized copies of the matrices are kept while they are frozen. ``set_precision`` sets it."""
+
     def __init__(
         self,
         num_experts: int,

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tepatch.errors import Problem, UnsupportedError
+from tepatch.te.frozen import forget
+from tepatch.te.quantized import is_quantized
 
 _OF_TORCH: Any = torch._C.TensorBase
 """Whose properties ``ProjectedTensor`` refines."""
@@ -40,6 +42,8 @@ class ProjectedTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
+        # Whoever takes it may write to it, which changes no version: PEFT merges so.
+        forget(self._projection.rows.owner)
         plain: Tensor = _OF_TORCH.data.__get__(self)
         return plain
 
@@ -183,6 +187,7 @@ class Projection(nn.Linear):
             )
         # What the owner has computed is of the numbers before this: whoever has written may have done it in place.
         self.__dict__["_held"] = None
+        forget(self._rows.owner)
         if (value.data_ptr(), value.stride()) != (place.data_ptr(), place.stride()):
             is_shared = value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr()
             with torch.no_grad():
@@ -240,7 +245,7 @@ class Projection(nn.Linear):
         is_initialized = getattr(parameter, "_is_hf_initialized", False)
         if not _is_plain(parameter):
             # A quantized weight's own numbers. What is set as data is refused, by ``write``.
-            if type(parameter).dequantize is Tensor.dequantize:
+            if not is_quantized(parameter):
                 raise self.refusal(
                     f"the {name} of a projection can not be seen: the fused parameter is a {type(parameter).__name__}",
                     fix="gather sharded parameters first; add adapters before a model is sharded",
@@ -323,6 +328,9 @@ class Fused(nn.Module):
 
     BIASES: ClassVar[dict[str, str]]
     """The parameters [rows, in_features] that projections may lie in -> their biases."""
+
+    caches_weights: bool = True
+    """Whether quantized copies of the weights are kept while they are frozen. ``set_precision`` sets it."""
 
     _places: Places = Places()
 

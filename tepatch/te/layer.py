@@ -19,22 +19,26 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 
 from tepatch.errors import PlanError, Problem, UnsupportedError
+from tepatch.te.frozen import forget_all, held_bytes, resting_scales
 from tepatch.te.precision import (
     Precision,
     Request,
     describe,
+    kind_of,
     read_precision,
     recipe_in_force,
     resolve,
     size_problems,
 )
+from tepatch.te.quantized import is_quantized
 
 _ARGUMENTS = ("use_reentrant", "context_fn", "determinism_check", "debug")
 """Of torch's ``checkpoint``, those that Transformer Engine's has too. It always restores the state of random numbers
@@ -77,6 +81,15 @@ class AcceleratedLayer(nn.Module):
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
         self.__dict__["_checkpoint_function"] = function
 
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            forget_all(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        forget_all(self)  # they would stay behind on the GPU
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _register_again(self)
@@ -85,13 +98,17 @@ class AcceleratedLayer(nn.Module):
         return f"precision={self.precision}" if self.precision is not None else ""
 
 
-def set_precision(model: nn.Module, precision: Any) -> None:
+def set_precision(model: nn.Module, precision: Any, *, cache_weights: bool = True) -> None:
     """Change what the layers of a patched model compute their matrix products in.
 
     ``precision`` is as in ``load``: None (as the ``te.autocast`` around the model says), ``"bf16"`` (never quantized),
     ``"fp8"``, ``"fp8-current"``, ``"fp8-block"``, ``"mxfp8"``, ``"nvfp4"``, a recipe of Transformer Engine, or a
     mapping such as ``{"default": "fp8", 0: "bf16", -1: "bf16"}``. ``model`` is the model that ``load`` gave, or a
     wrapper around it. ``model.tepatch.precision`` says how it is now.
+
+    In evaluation with gradients off, a quantized copy of each weight is kept until the weight changes, about a byte for
+    each of its elements (``weight_copies`` tells): with ``cache_weights`` False there are none, and weights are
+    quantized at each call. Copies that there are when this is called are freed.
 
     Raises ``PlanError`` (a name, layer or size that does not fit, a model without such layers), ``BackendError``
     (this GPU or the reference backend can't) or ``UnsupportedError``; the model is then as it was.
@@ -108,8 +125,46 @@ def set_precision(model: nn.Module, precision: Any) -> None:
             )
         )
     text = apply_precision(model, read_precision(precision))
+    for module in model.modules():
+        if hasattr(module, "caches_weights"):
+            module.caches_weights = cache_weights  # type: ignore[assignment]
     report: Any = loaded[0].__dict__["tepatch"]
     loaded[0].__dict__["tepatch"] = dataclasses.replace(report, precision=text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightCopies:
+    """What the quantized copies of a model's weights take, in bytes."""
+
+    held: int
+    """By the copies that there are now, with their scales."""
+    full: int
+    """By the copies of all weights, once the model has been called in evaluation; without their scales, which are a
+    thirtieth of it (``"mxfp8"``), an eighth (``"nvfp4"``), or next to nothing."""
+
+    def __str__(self) -> str:
+        return f"{self.held / 2**20:,.1f} MiB of at most {self.full / 2**20:,.1f} MiB"
+
+
+def weight_copies(model: nn.Module) -> WeightCopies:
+    """What ``cache_weights`` of ``set_precision`` costs: the bytes that are held now, and those of all copies.
+
+    Layers without a precision of their own are counted as if an autocast in FP8 was around them.
+    """
+    full = 0
+    for layer in model.modules():
+        if not isinstance(layer, AcceleratedLayer) or (layer.precision is not None and not layer.precision.quantizes):
+            continue
+        is_fp4 = layer.precision is not None and kind_of(layer.precision.recipe) == "NVFP4BlockScaling"
+        elements = sum(
+            parameter.numel()
+            for module in layer.modules()
+            if _is_quantizable(module) and getattr(module, "caches_weights", False)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() > 1 and type(parameter) is nn.Parameter  # others are quantized already, or sharded
+        )
+        full += elements // 2 if is_fp4 else elements
+    return WeightCopies(held=sum(held_bytes(module) for module in model.modules()), full=full)
 
 
 def apply_precision(model: nn.Module, request: Request) -> str:
@@ -138,15 +193,34 @@ def apply_precision(model: nn.Module, request: Request) -> str:
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
     ]
-    if problems := size_problems(weights, getattr(model, "config", None)):
+    problems = size_problems(weights, getattr(model, "config", None))
+    held = [name for name, precision in chosen.items() if not _can_hold(layers[name], precision)]
+    if held:
+        problems.append(
+            Problem(
+                where="precision",
+                what=f"{len(held)} layers hold their weights quantized, and for another precision only",
+                details=tuple(f"{name}: {layers[name].precision}" for name in held[:8]),
+                fix="load the model in that precision, or without weights='quantized'",
+            )
+        )
+    if problems:
         raise PlanError(problems)
     for name, layer in layers.items():
         layer.precision = chosen[name]
+        forget_all(layer)
     # The first quantized layer has to be in the outermost context itself: it is the one that has the scales of
     # gradients updated, when its backward pass ends.
     outermost = next((each for each in precisions if each is not None and each.quantizes), None)
     _set_outermost(model, _runner(model, list(layers)), outermost)
     return describe(precisions)
+
+
+def _can_hold(layer: AcceleratedLayer, precision: Precision | None) -> bool:
+    """Whether a layer's weights, as they are held, are some that ``precision`` computes with."""
+    if layer.precision is None or not any(is_quantized(parameter) for parameter in layer.parameters()):
+        return True
+    return precision is not None and kind_of(precision.recipe) == kind_of(layer.precision.recipe)
 
 
 class _Outermost(nn.Module):
@@ -216,7 +290,8 @@ def _is_quantizable(module: nn.Module) -> bool:
 # runs as it stands, what is inside is compiled.
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call,untyped-decorator]
 def _call_in(precision: Precision, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    with precision.context():
+    ends_without_update = precision.quantizes and recipe_in_force() is None and not torch.is_grad_enabled()
+    with precision.context(), resting_scales() if ends_without_update else nullcontext():
         return call(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ Nothing here is in force by itself: ``Precision.context`` gives the ``te.autocas
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,8 +55,7 @@ class Precision:
     @property
     def multiple(self) -> int:
         """What both sizes of every weight have to be divisible by."""
-        kinds = [cls.__name__ for cls in type(self.recipe).__mro__]
-        return next((_MULTIPLES[kind] for kind in kinds if kind in _MULTIPLES), 16) if self.quantizes else 1
+        return _MULTIPLES.get(kind_of(self.recipe), 16) if self.quantizes else 1
 
     def context(self) -> AbstractContextManager[Any]:
         """A context in which this precision is in force: an empty one where it already is."""
@@ -82,6 +82,17 @@ def recipe_in_force() -> Any | None:
     module = sys.modules.get("transformer_engine.pytorch.quantization")
     manager = getattr(module, "FP8GlobalStateManager", None)
     return manager.get_fp8_recipe() if manager is not None and manager.is_fp8_enabled() else None
+
+
+def kind_of(recipe: Any) -> str:
+    """The class among those of ``RECIPES`` that a recipe is made of; empty for others, such as custom ones."""
+    return _kind_of_class(type(recipe))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _kind_of_class(cls: type) -> str:
+    names = {each.__name__ for each in cls.__mro__}
+    return next((kind for kind in RECIPES.values() if kind in names), "")
 
 
 @dataclass(frozen=True)
@@ -243,8 +254,7 @@ def _reason_against(precision: Precision) -> str:
     if not precision.quantizes:
         return ""
     te = importlib.import_module("transformer_engine.pytorch")
-    kinds = [cls.__name__ for cls in type(precision.recipe).__mro__]
-    probe = next((_PROBES[kind] for kind in kinds if kind in _PROBES), "is_fp8_available")
+    probe = _PROBES.get(kind_of(precision.recipe), "is_fp8_available")
     available, reason = getattr(te, probe)(return_reason=True)
     return "" if available else reason or f"transformer_engine.pytorch.{probe}() says no"
 

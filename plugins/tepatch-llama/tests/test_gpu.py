@@ -18,7 +18,6 @@ import torch
 import tepatch
 from tepatch.errors import LoadError
 from tepatch.execute import restore_tensors
-from tepatch.plugins import default_host
 from tepatch.verify import compare_logits
 
 pytestmark = pytest.mark.gpu
@@ -57,15 +56,16 @@ def hugging_face(folder: Path, dtype: torch.dtype) -> Any:
     return model.float() if dtype == torch.float32 else model
 
 
-def mutated_mapping(folder: Path, first: str, second: str) -> Path:
-    text = default_host().patch("llama").mapping_path().read_text()
-    assert first in text
+def gate_and_up_swapped(folder: Path) -> Path:
+    """The plugin's mapping with two sources of equal shape exchanged."""
     path = folder / "mutant.yaml"
-    path.write_text(text.replace(first, second))
+    path.write_text(
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
+        "    mlp.fc1_weight: {concat: [mlp.up_proj.weight, mlp.gate_proj.weight]}\n"
+    )
     return path
 
 
-GATE_AND_UP = ("mlp.gate_proj.weight, mlp.up_proj.weight", "mlp.up_proj.weight, mlp.gate_proj.weight")
 THETA_10000 = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -127,7 +127,7 @@ def test_llama3_shape_is_as_accurate_as_hugging_face_bfloat16_and_mutations_are_
     config.rope_parameters = THETA_10000
     mutants = {
         "rope base 10000": {"config": config},
-        "gate and up swapped": {"mapping": mutated_mapping(tmp_path, *GATE_AND_UP)},
+        "gate and up swapped": {"mapping": gate_and_up_swapped(tmp_path)},
     }
     for name, arguments in mutants.items():
         mutant = tepatch.load("llama", llama3_shaped, backend="te", **arguments)
@@ -319,3 +319,15 @@ def test_the_reference_runs_on_the_gpu_too(smollm2: Path) -> None:
     agreement = compare_logits(logits_of(te, ids), logits_of(reference, ids))
     print(f"\nfloat32: te against reference {agreement}")
     assert agreement.relative_error <= 2e-3  # Transformer Engine may multiply float32 in TF32
+
+
+def test_one_token_without_a_cache_is_computed(tmp_path: Path) -> None:
+    """Its query, key and value are contiguous, and views of one projection's output all the same."""
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    model = tepatch.build("llama", config, dtype=torch.bfloat16, backend="te").eval()
+    ids = torch.randint(1, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
+    alone, among = logits_of(model, ids[:, :1]).float(), logits_of(model, ids)[:, :1].float()
+    assert (alone - among).norm() / among.norm() < 1e-2  # a token attends to no later one
