@@ -83,7 +83,8 @@ def write_tensor(
         if pieces is None or given.dtype != spec.dtype:
             run = read(step.read).contiguous().view(-1)[step.read_offset : step.read_offset + step.numel]
             if run.dtype != dtype:
-                run = _converted(step, run, torch.empty_like(run, dtype=dtype))
+                given_run, run = run, run.to(dtype)
+                _check_range(step, given_run, run)
             write(tensor_bytes(run.cpu()), at)
             continue
         digest = xxhash.xxh3_128() if digests is not None and step.numel == prod(given.shape) else None
@@ -132,9 +133,13 @@ def check_copies(plan: Plan, read: Read) -> None:
 
 def check_copy(plan: Plan, name: str, copy: torch.Tensor, parameter: torch.Tensor) -> None:
     """Raise ``CheckpointError`` unless ``copy``, a redundant tensor of the checkpoint, is the tied ``parameter``."""
-    if same_bits(copy.to(parameter.device, parameter.dtype), parameter):
-        return
-    raise CheckpointError(
+    if not same_bits(copy.to(parameter.device, parameter.dtype), parameter):
+        raise differing_copy(plan, name)
+
+
+def differing_copy(plan: Plan, name: str) -> CheckpointError:
+    """The error for a redundant tensor that is not the parameter it should be equal to."""
+    return CheckpointError(
         Problem(
             where=plan.location,
             what=f"{name} differs from {plan.sources[name].note}, and the config says that they are one parameter",
@@ -148,6 +153,12 @@ def put(step: Step, source: torch.Tensor, out: torch.Tensor) -> None:
 
     Raises ``LoadError``, or ``SaveError`` when the plan is reversed, for a value that ``out`` can not hold.
     """
+    seen, place = put_unchecked(step, source, out)
+    _check_range(step, seen, place)
+
+
+def put_unchecked(step: Step, source: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``put``, but what is read and where it went is given back: ``overflow`` tells whether all of it could be held."""
     seen = source.to(out.device).contiguous()
     seen = seen.as_strided(step.sizes, step.read_strides, seen.storage_offset() + step.read_offset)
     place = out.as_strided(step.sizes, step.write_strides, out.storage_offset() + step.write_offset)
@@ -156,38 +167,53 @@ def put(step: Step, source: torch.Tensor, out: torch.Tensor) -> None:
         scale, offset = step.affine
         seen = seen.to(torch.float64, copy=True)  # what is read stays as it is
         seen = seen.sub_(offset).div_(scale) if step.is_undone else seen.mul_(scale).add_(offset)
-    _converted(step, seen, place)
-
-
-def _converted(step: Step, seen: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Copy with the destination's dtype. A number that becomes infinite on the way is an error."""
     place.copy_(seen)
-    are_floats = place.is_floating_point() and seen.is_floating_point()
-    # A number beyond what a dtype holds becomes infinite, and the model NaN, without a word from torch.
-    if (
-        are_floats
-        and torch.finfo(place.dtype).max < torch.finfo(seen.dtype).max
-        and torch.isinf(place).any()
-        and (torch.isinf(place) > torch.isinf(seen)).any()
-    ):
-        name = str(place.dtype).removeprefix("torch.")
-        problem = Problem(
-            where=step.read,
-            what=f"values that {name} can not hold",
-            expected=f"at most {torch.finfo(place.dtype).max}",
-            found=str(float(seen[seen.isfinite()].abs().max())),
-            fix="use bfloat16 or float32" if place.dtype == torch.float16 else "use a wider dtype",
-        )
-        raise (SaveError if step.is_undone else LoadError)(problem)
-    return place
+    return seen, place
+
+
+def overflow(seen: torch.Tensor, place: torch.Tensor) -> torch.Tensor | None:
+    """Whether a number became infinite on its way from ``seen`` to ``place``: one bool, on their device.
+
+    A number beyond what a dtype holds becomes infinite, and the model NaN, without a word from torch. None if the
+    dtypes do not let it happen.
+    """
+    if not (place.is_floating_point() and seen.is_floating_point()):
+        return None
+    if torch.finfo(place.dtype).max >= torch.finfo(seen.dtype).max:
+        return None
+    return (torch.isinf(place) > torch.isinf(seen)).any()
+
+
+def overflow_error(step: Step, seen: torch.Tensor, dtype: torch.dtype) -> LoadError | SaveError:
+    """The error for numbers in ``seen`` that ``dtype`` can not hold: a ``SaveError`` for a step that is undone."""
+    name = str(dtype).removeprefix("torch.")
+    problem = Problem(
+        where=step.read,
+        what=f"values that {name} can not hold",
+        expected=f"at most {torch.finfo(dtype).max}",
+        found=str(float(seen[seen.isfinite()].abs().max())),
+        fix="use bfloat16 or float32" if dtype == torch.float16 else "use a wider dtype",
+    )
+    return SaveError(problem) if step.is_undone else LoadError(problem)
+
+
+def _check_range(step: Step, seen: torch.Tensor, place: torch.Tensor) -> None:
+    """Raise ``LoadError`` (``SaveError`` for a step that is undone) if a number became infinite."""
+    if (flag := overflow(seen, place)) is not None and bool(flag):
+        raise overflow_error(step, seen, place.dtype)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one dtype have the same shape and bits: NaN counts, and so does the sign of zero."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+    return torch.equal(bits_of(one), bits_of(other))
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as whole numbers of the same size, contiguous."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(bits)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

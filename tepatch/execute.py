@@ -1,29 +1,45 @@
-"""Executing a plan, in either direction, one tensor at a time.
+"""Executing a plan, in either direction.
 
-Loading walks the checkpoint's files in order and copies each source straight into a strided view of its final
-parameter: every parameter is allocated once, on its final device, and no file stays open after its last tensor.
-Saving reads the same pairs of views from the other side. Nothing here knows a model: parameters are handed out
-as plain tensors, so that a load that fails has touched no module.
+Loading reads a checkpoint's files in order and puts each part of each source straight into a strided view of its final
+parameter: every parameter is allocated once, on its final device. Files of plain bytes go through ``streaming``, what
+has to be asked for by name (pickled files, fresh weights, libraries) one tensor at a time. Saving reads the same pairs
+of views from the other side. Nothing here knows a model: parameters are handed out as plain tensors, so that a load
+that fails has touched no module.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from tepatch.assembly import assemble, check_constants, check_copy, is_out_of_memory, put
+from tepatch.assembly import (
+    assemble,
+    check_constants,
+    check_copy,
+    differing_copy,
+    is_out_of_memory,
+    overflow_error,
+    put,
+)
 from tepatch.checkpoint import Checkpoint, TensorInfo, torch_dtype
 from tepatch.errors import LoadError, Problem
-from tepatch.mapping.plan import Copy, Fill, Plan
+from tepatch.mapping.bind import IDENTITY
+from tepatch.mapping.plan import Plan, Step
 from tepatch.progress import ProgressBar
+from tepatch.streaming.libraries import read_tensors
+from tepatch.streaming.pieces import Tensor, cut
+from tepatch.streaming.settings import Reading
+from tepatch.streaming.shards import Cut, clip, shard_shape
+from tepatch.streaming.stream import Stream
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 """From a parameter's name, shape and dtype to new memory for it."""
+Seal = Callable[[torch.Tensor], torch.Tensor]
+"""From a parameter, once it is whole, to what is kept of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,62 +48,189 @@ class Timing:
 
     bytes_read: int
     seconds: float
+    stages: Mapping[str, float]
+    """Parts of ``seconds``: ``allocate``, and means over the threads of what they waited for the file system (``read``)
+    and for copies to a GPU (``copy``), and what they took to put bytes in another order or dtype (``place``)."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Destination:
+    """Where parameters go: all of them to ``device``, but for what is said otherwise."""
+
+    device: torch.device
+    allocate: Allocate | None = None
+    """Gives memory to a parameter (default: new memory on ``device``)."""
+    shards: Mapping[str, Sequence[Cut]] = field(default_factory=dict)
+    """The part of a parameter that is wanted here, for those that are not wanted whole."""
+    seals: Mapping[str, Seal] = field(default_factory=dict)
+    """For parameters that are not kept as they are read: what each is given to once it is assembled."""
 
 
 def load_tensors(
     plan: Plan,
     checkpoint: Checkpoint,
     *,
-    device: torch.device,
-    allocate: Allocate | None = None,
+    to: Destination,
+    reading: Reading | None = None,
     progress: bool | None = None,
 ) -> tuple[dict[str, torch.Tensor], Timing]:
     """Read a checkpoint into new tensors, one for each parameter of the plan that is not tied.
 
-    Shapes and dtypes are those of ``plan.targets``. They are on ``device``, unless ``allocate`` puts each where it
-    belongs. Memory: the tensors themselves and at most one source tensor. ``progress`` shows a bar on stderr (default:
-    when that is a terminal). Raises ``LoadError`` when memory runs out and ``CheckpointError`` when a file can not be
-    read or a redundant copy differs.
+    Shapes and dtypes are those of ``plan.targets``, or of the shard that is wanted. Memory: the tensors themselves,
+    and what ``reading`` says; for a file that can not be read by its bytes, one source tensor. ``progress`` shows a bar
+    on stderr (default: when that is a terminal). Raises ``LoadError`` when memory runs out or a dtype can not hold a
+    value, and ``CheckpointError`` when a file can not be read or a redundant copy differs.
     """
     started = time.perf_counter()
-    out: dict[str, torch.Tensor] = {}
-    done = 0
-    is_one_device = allocate is None
-    allocate = allocate or partial(_on, device)
+    load = _Load(plan, checkpoint, to, reading or Reading())
     try:
         with ProgressBar(plan.source_bytes, progress, "loading") as bar:
-            for fill in plan.fills:
-                _apply_fill(fill, _allocated(out, plan, fill.target, allocate))
-            for file, steps in _visits(plan, checkpoint):
-                with checkpoint.open(file) as shard:
-                    for info, copies in steps:
-                        source = shard.read(info)
-                        for copy in copies:
-                            put(copy.step(), source, _allocated(out, plan, copy.target, allocate))
-                        if not copies:
-                            check_copy(plan, info.name, source, out[plan.sources[info.name].note])
-                        done += info.nbytes
-                        bar.advance(info.nbytes)
-                        del source
-        for used in {tensor.device for tensor in out.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(used)
+            load.run(bar)
     except BaseException as error:
         # Give the memory back now: the error's traceback keeps every frame, and their tensors, alive.
-        out.clear()
+        load.out.clear()
         traceback.clear_frames(error.__traceback__)
         if not is_out_of_memory(error):
             raise
-        on = f" on {device}" if is_one_device else ""
+        on = f" on {to.device}" if to.allocate is None else ""
         raise LoadError(
             Problem(
                 where=plan.location,
-                what=f"out of memory{on} after reading {done:,} of {plan.source_bytes:,} bytes",
+                what=f"out of memory{on} after reading {load.bytes_read:,} of {plan.source_bytes:,} bytes",
                 expected=f"{plan.target_bytes:,} bytes for the model's parameters",
                 found=str(error).splitlines()[0],
                 fix="use a device with more memory or a smaller dtype; nothing was kept of this load",
             )
         ) from None
-    return out, Timing(bytes_read=done, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return load.out, Timing(bytes_read=load.bytes_read, seconds=seconds, stages=load.stages, notes=tuple(load.notes))
+
+
+class _Load:
+    """One load under way."""
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, to: Destination, reading: Reading) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.to = to
+        self.reading = reading
+        self.out: dict[str, torch.Tensor] = {}
+        self.bytes_read = 0
+        self.stages: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def run(self, bar: ProgressBar) -> None:
+        """Fill ``out``."""
+        streamed, named = self._ways()
+        by_name = {info.name for info in named}
+        # Not whole when its bytes have been read, or needed as it is until copies of it have been compared.
+        later = {copy.target for copy in self.plan.copies if copy.source in by_name}
+        later |= {entry.note for entry in self.plan.sources.values() if entry.state == "redundant"}
+        staged = frozenset(self.to.seals.keys() - later)
+        cuts = cut(self.plan, streamed, piece_bytes=self.reading.piece_bytes, clip=self._clip, staged=staged)
+        with Stream(
+            self.plan, self.checkpoint, self.reading, device=self.to.device, allocate=self._allocated, bar=bar
+        ) as stream:
+            try:
+                stream.run(cuts.filling, self._seal)
+                self._read_named(named, bar)
+                for name in self.plan.writes:
+                    self._allocated(name)  # what is made of constants only, or empty
+                stream.run({"": cuts.comparing} if cuts.comparing else {})
+                self._compare_named(named, bar)
+                for name in self.to.seals.keys() - staged:
+                    self._seal(name, self.out[name])
+                self._settle_doubts(stream)
+                stream.verify()
+            finally:
+                self.bytes_read += stream.bytes_read
+        threads = self.reading.num_threads
+        spent = {"read": stream.spent.read, "copy": stream.spent.copy, "place": stream.spent.place}
+        self.stages = {"allocate": stream.allocate_seconds, **{name: s / threads for name, s in spent.items()}}
+        if stream.unpinned:
+            self.notes.append("the system let no memory be pinned (ulimit -l), which makes copies to a GPU slower")
+
+    def _ways(self) -> tuple[list[Tensor], list[TensorInfo]]:
+        """What is read by its bytes, and what by its name."""
+        streamed: list[Tensor] = []
+        named: list[TensorInfo] = []
+        is_direct = self.reading.source == "direct"
+        is_bytes = {file: is_direct and self.checkpoint.stamp(file) is not None for file in self.checkpoint.files}
+        wanted = {copy.source for copy in self.plan.copies}
+        for info in self.checkpoint.tensors.values():  # files in order, then offsets
+            if info.name not in wanted and self.plan.sources[info.name].state != "redundant":
+                continue
+            if is_bytes[info.file]:
+                streamed.append(Tensor(info.name, info.file, info.offset, info.dtype))
+            else:
+                named.append(info)
+        return streamed, named
+
+    def _clip(self, name: str, step: Step) -> Sequence[Step]:
+        cuts = self.to.shards.get(name)
+        return clip(step, self.plan.targets[name].shape, cuts) if cuts else (step,)
+
+    def _allocated(self, name: str) -> torch.Tensor:
+        """A parameter's memory, its constant parts filled."""
+        if (tensor := self.out.get(name)) is not None:
+            return tensor
+        entry, dtype = self.plan.targets[name], torch_dtype(self.plan.targets[name].dtype)
+        assert dtype is not None
+        shape = shard_shape(entry.shape, self.to.shards.get(name, ()))
+        if self.to.allocate is None:
+            tensor = torch.empty(shape, dtype=dtype, device=self.to.device)
+        else:
+            tensor = self.to.allocate(name, shape, dtype)
+        for fill in self.plan.constants.get(name, ()):
+            sizes, _, strides, _, offset = fill.pair
+            whole = Step("", sizes, strides, offset, strides, offset, IDENTITY, False)
+            for step in self._clip(name, whole):
+                tensor.as_strided(step.sizes, step.write_strides, step.write_offset).fill_(fill.value)
+        self.out[name] = tensor
+        return tensor
+
+    def _seal(self, name: str, tensor: torch.Tensor) -> None:
+        del self.out[name]
+        self.out[name] = self.to.seals[name](tensor)
+
+    def _read_named(self, named: Sequence[TensorInfo], bar: ProgressBar) -> None:
+        steps: dict[str, list[tuple[str, Step]]] = {}
+        for copy in self.plan.copies:
+            steps.setdefault(copy.source, []).append((copy.target, copy.step()))
+        for info, source in self._tensors([info for info in named if info.name in steps]):
+            for target, step in steps[info.name]:
+                for part in self._clip(target, step):
+                    put(part, source, self._allocated(target))
+            self._count(info, bar)
+
+    def _compare_named(self, named: Sequence[TensorInfo], bar: ProgressBar) -> None:
+        """Redundant copies come last: the parameter that one must be equal to may be filled from any file."""
+        notes = {info.name: self.plan.sources[info.name].note for info in named}
+        for info, copy in self._tensors([info for info in named if notes[info.name]]):
+            part = copy
+            for each in self.to.shards.get(notes[info.name], ()):
+                part = part.narrow(each.dim, each.start, each.size)
+            check_copy(self.plan, info.name, part, self.out[notes[info.name]])
+            self._count(info, bar)
+
+    def _tensors(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+        return read_tensors(self.checkpoint, infos, source=self.reading.source, device=self.to.device)
+
+    def _count(self, info: TensorInfo, bar: ProgressBar) -> None:
+        self.bytes_read += info.nbytes
+        bar.advance(info.nbytes)
+
+    def _settle_doubts(self, stream: Stream) -> None:
+        for placement in stream.doubts.confirmed():
+            if placement.is_compared:
+                raise differing_copy(self.plan, placement.source)
+            info = self.checkpoint.tensors[placement.source]
+            with self.checkpoint.open(info.file) as shard:
+                values = shard.read(info)
+                dtype = torch_dtype(self.plan.targets[placement.target].dtype)
+                assert dtype is not None
+                raise overflow_error(placement.step, values, dtype)
 
 
 def restore_tensors(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,44 +245,3 @@ def restore_tensors(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> Itera
     check_constants(reverse, detached.__getitem__)
     for name in reverse.writes:
         yield name, assemble(reverse, name, detached.__getitem__)
-
-
-def _visits(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, list[tuple[TensorInfo, list[Copy]]]]]:
-    """Files to open and what to read in each, in the order of the bytes.
-
-    Redundant copies come last (without copies, to be compared): the parameter that such a tensor must be equal
-    to may be filled from any file.
-    """
-    by_source: dict[str, list[Copy]] = {}
-    for copy in plan.copies:
-        by_source.setdefault(copy.source, []).append(copy)
-    first: dict[str, list[tuple[TensorInfo, list[Copy]]]] = {}
-    second: dict[str, list[tuple[TensorInfo, list[Copy]]]] = {}
-    for info in checkpoint.tensors.values():  # files in order, then offsets
-        if info.name in by_source:
-            first.setdefault(info.file, []).append((info, by_source[info.name]))
-        elif plan.sources[info.name].state == "redundant":
-            second.setdefault(info.file, []).append((info, []))
-    return [*first.items(), *second.items()]
-
-
-def _allocated(out: dict[str, torch.Tensor], plan: Plan, name: str, allocate: Allocate) -> torch.Tensor:
-    tensor = out.get(name)
-    if tensor is None:
-        entry, dtype = plan.targets[name], torch_dtype(plan.targets[name].dtype)
-        assert dtype is not None
-        tensor = out[name] = allocate(name, entry.shape, dtype)
-    return tensor
-
-
-def _on(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _view(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
-    return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
-
-
-def _apply_fill(fill: Fill, target: torch.Tensor) -> None:
-    pair = fill.pair
-    _view(target, pair.sizes, pair.target_strides, pair.target_offset).fill_(fill.value)

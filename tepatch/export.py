@@ -21,7 +21,7 @@ from tepatch.errors import Problem, SaveError
 from tepatch.hf.config import told
 from tepatch.hf.exporting import check_present, export_plan, report_of
 from tepatch.hf.languages import readable
-from tepatch.hf.model import named_tensors
+from tepatch.hf.named import named_tensors
 from tepatch.hf.placement import offloaded
 from tepatch.job import AUTO, parameter_dtype
 from tepatch.mapping import Plan

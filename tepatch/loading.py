@@ -7,33 +7,42 @@ with the patch's layers, make the plan. ``plan`` stops there; ``load`` and ``bui
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tepatch.checkpoint import open_checkpoint, torch_dtype
 from tepatch.errors import BackendError, PlanError, Problem
-from tepatch.execute import load_tensors
+from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import AutoClass
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
 from tepatch.hf.projections import install_projections
+from tepatch.hf.sharding import Parallelize, shard
 from tepatch.hf.state import attach
 from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost
 from tepatch.report import Report, installed_versions
+from tepatch.streaming.settings import Reading
+from tepatch.streaming.shards import Cut
 from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
 from tepatch.te.precision import read_precision
+from tepatch.te.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+Weights = Literal["plain", "quantized"]
+"""How the layers hold their weights: in the parameters' dtype, or quantized only."""
 
 
 def load(
@@ -47,6 +56,8 @@ def load(
     offload_folder: str | PathLike[str] | None = None,
     backend: BackendName = AUTO,
     precision: Any = None,
+    weights: Weights = "plain",
+    keep_initial: bool = False,
     mapping: str | PathLike[str] | None = None,
     config: PreTrainedConfig | None = None,
     auto_class: AutoClass = None,
@@ -56,6 +67,8 @@ def load(
     subfolder: str = "",
     revision: str | None = None,
     use_safetensors: bool | None = None,
+    parallelize: Parallelize | None = None,
+    reading: Reading | None = None,
     progress: bool | None = None,
     plugins: PluginHost | None = None,
 ) -> PreTrainedModel:
@@ -68,12 +81,19 @@ def load(
     "disk"; new or empty) mean what they mean to ``from_pretrained``; with Transformer Engine, modules on "cpu" and
     "disk" keep their weights there and compute on the first GPU of the map. ``backend`` is ``"auto"``, ``"te"`` or
     ``"reference"``. ``precision`` is what the layers compute their matrix products in (see ``set_precision``);
-    None leaves it to the ``te.autocast`` around the model. ``mapping`` replaces the patch's mapping file by one of
+    None leaves it to the ``te.autocast`` around the model. ``weights="quantized"`` holds the layers' weights in that
+    precision only, a byte for each number: for inference, or with ``keep_initial`` for training, which keeps what they
+    were quantized from on the CPU (``parameter.get_high_precision_init_val()``) for an optimizer's master weights; what
+    such a model saves are dequantized numbers. ``mapping`` replaces the patch's mapping file by one of
     yours. ``auto_class`` is the class to build, one of transformers' auto classes or a model class, or the name of
     either ("AutoModelForSequenceClassification"); None reads ``config.architectures``. ``fresh`` are tensors that the
     checkpoint does not have and that are drawn as transformers draws them, by the stock model's names or the modules
     that they are in; ``drop`` are tensors of the checkpoint that are left out. ``variant``, ``subfolder``,
-    ``revision`` and ``use_safetensors`` mean what they mean to ``from_pretrained``.
+    ``revision`` and ``use_safetensors`` mean what they mean to ``from_pretrained``. ``parallelize`` shards the model
+    over several processes: it is called with the model on the meta device, before a weight is read, and of the
+    parameters that it makes DTensors (``fully_shard``, ``parallelize_module``) each process reads its own slices.
+    ``reading`` says how files are read (``tepatch.Reading``: threads, sizes, or a library that does it); None chooses
+    for this machine.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
     ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError`` or ``PlanError``;
@@ -99,9 +119,29 @@ def load(
     ) as job:
         set_generation_config(job.model, checkpoint.config_folder)
         text = "" if precision is None else apply_precision(job.model, request)
+        quantized = _quantized_weights(job, weights, keep_initial=keep_initial)
         placement = _placement(job, device, device_map, max_memory, offload_folder)
+        if quantized is not None and placement is not None and (away := placement.off_gpu(quantized.names)):
+            raise PlanError(
+                Problem(
+                    where="weights",
+                    what=f"{len(away)} weights to be held quantized are not placed on a GPU",
+                    details=tuple(away[:8]),
+                    fix="place the layers on GPUs, or leave out weights='quantized'",
+                )
+            )
+        shards = {} if parallelize is None else _sharded(job, parallelize, device_map, weights)
         try:
-            model = _execute(job, device, placement, precision=text, progress=progress)
+            model = _execute(
+                job,
+                device,
+                placement,
+                precision=text,
+                quantized=quantized,
+                shards=shards,
+                reading=reading,
+                progress=progress,
+            )
         except BaseException:
             if placement is not None:
                 placement.discard()
@@ -132,7 +172,7 @@ def build(
     resolved = find_patch(patch, given_config(config, None), plugins)
     with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping, auto_class=auto_class) as job:
         text = "" if precision is None else apply_precision(job.model, request)
-        return _execute(job, device, None, precision=text, progress=False)
+        return _execute(job, device, None, precision=text, quantized=None, shards={}, reading=None, progress=False)
 
 
 def plan(
@@ -214,8 +254,53 @@ def _placement(
     )
 
 
+def _sharded(job: Job, parallelize: Parallelize, device_map: DeviceMap | None, weights: str) -> dict[str, list[Cut]]:
+    beside = {"device_map": device_map is not None, "weights='quantized'": weights == QUANTIZED}
+    if not_with := [name for name, is_there in beside.items() if is_there]:
+        raise PlanError(
+            Problem(
+                where=", ".join(not_with),
+                what="can not be had together with parallelize",
+                fix="leave one of them out; FP8 for sharded models is precision='fp8-current'",
+            )
+        )
+    return shard(job.model, parallelize)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated without anything being freed before."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _quantized_weights(job: Job, weights: str, *, keep_initial: bool) -> QuantizedWeights | None:
+    if weights not in WEIGHTS:
+        raise PlanError(
+            Problem(where="weights", what="can not be held so", expected=" or ".join(WEIGHTS), found=repr(weights))
+        )
+    if weights == QUANTIZED:
+        return QuantizedWeights(job.model, keeps_initial=keep_initial)
+    if keep_initial:
+        raise PlanError(
+            Problem(
+                where="keep_initial",
+                what="there are other numbers to keep only where weights are held quantized",
+                fix="pass weights='quantized' with it, or leave it out",
+            )
+        )
+    return None
+
+
 def _execute(
-    job: Job, device: torch.device | str | None, placement: Placement | None, *, precision: str, progress: bool | None
+    job: Job,
+    device: torch.device | str | None,
+    placement: Placement | None,
+    *,
+    precision: str,
+    quantized: QuantizedWeights | None,
+    shards: Mapping[str, Sequence[Cut]],
+    reading: Reading | None,
+    progress: bool | None,
 ) -> PreTrainedModel:
     is_te = job.modules.name == "te"
     default = "cuda" if is_te else "cpu"
@@ -230,11 +315,20 @@ def _execute(
         )
     if isinstance(job.checkpoint, FreshWeights | Completed):
         job.checkpoint.device = target
-    if target.type == "cuda":
+    if target.type == "cuda" and _free_memory(target) < job.reading.target_bytes:
         gc.collect()  # a patched model refers to itself: one that was deleted may still hold the memory needed now
-    allocate = None if placement is None else placement.allocate
-    tensors, timing = load_tensors(job.reading, job.checkpoint, device=target, allocate=allocate, progress=progress)
+    to = Destination(
+        device=target,
+        allocate=None if placement is None else placement.allocate,
+        shards=shards,
+        seals={name: partial(quantized.seal, name) for name in quantized.names} if quantized is not None else {},
+    )
+    tensors, timing = load_tensors(job.reading, job.checkpoint, to=to, reading=reading, progress=progress)
+    started = time.perf_counter()
     install(job.model, job.reading, tensors, target)
+    if quantized is not None:
+        quantized.attach_initial(job.model)
+    installed = time.perf_counter() - started
     job.model.tepatch = Report(  # type: ignore[assignment]
         patch=job.patch.name,
         backend=job.modules.name,
@@ -254,7 +348,8 @@ def _execute(
         if isinstance(job.checkpoint, FreshWeights)
         else str(job.checkpoint.config_folder.absolute()),
         bytes_read=timing.bytes_read,
-        seconds={**job.seconds, "load": timing.seconds},
+        seconds={**job.seconds, "load": timing.seconds, **timing.stages, "install": installed},
+        notes=(*timing.notes, *([] if quantized is None else [f"{quantized}; saving writes what they dequantize to"])),
         versions=installed_versions(),
     )
     add_hooks(job.model)

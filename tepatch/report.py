@@ -45,27 +45,33 @@ class Report:
     """Where the checkpoint's config and tokenizer are; None for fresh weights."""
     bytes_read: int
     seconds: dict[str, float]
-    """Wall-clock seconds of ``build`` (the model on the meta device), ``plan`` and ``load``."""
+    """Wall-clock seconds of ``build`` (the model on the meta device), ``plan``, ``load`` (the weights) and ``install``
+    (the weights into the model, and its buffers). Of ``load``: ``allocate``, taking memory for the parameters; and, as
+    means over the threads, ``read``, waiting for the file system; ``copy``, waiting for copies to a GPU; ``place``,
+    putting bytes in another order or dtype. They overlap, so they do not add up to ``load``."""
     versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+    """What may be of interest about how the weights were read."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Report:
         return self  # nothing in it ever changes, and models that carry it are copied
 
     def __str__(self) -> str:
         rate = self.bytes_read / 1e9 / max(self.seconds["load"], 1e-9)
-        timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
+        stages = [f"{stage} {self.seconds[stage]:.2f} s" for stage in ("build", "plan", "load", "install")]
+        parts = [f"{part} {self.seconds[part]:.2f} s" for part in ("allocate", "read", "copy", "place")]
         lines = [
             f"{self.model_class} with {self.patch} layers ({self.backend} backend) on {self.device}, {self.dtype}",
             f"  replaced: {self.replaced}",
-            f"  {timing} ({self.bytes_read:,} bytes, {rate:.2f} GB/s)",
+            f"  {', '.join(stages)} ({self.bytes_read:,} bytes, {rate:.2f} GB/s)",
+            f"  of load: {', '.join(parts)}",
             "  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         ]
         if self.precision:
             lines.append(f"  precision: {self.precision}")
         if self.layout != "hf":
             lines.append(f"  read from a checkpoint in the layout '{self.layout}'; saved in the original's:")
-        if self.backend_note:
-            lines.append(f"  note: {self.backend_note}")
+        lines += [f"  note: {note}" for note in (self.backend_note, *self.notes) if note]
         return "\n".join([*lines, *(f"  {line}" for line in str(self.plan).splitlines())])
 
     def to_json(self) -> dict[str, Any]:

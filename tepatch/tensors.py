@@ -94,7 +94,8 @@ class Tensors:
     def _reader(self, file: str) -> ByteReader | None:
         with self._lock:
             if file not in self._bytes:
-                reader = self._checkpoint.open_bytes(file)
+                stamp = self._checkpoint.stamp(file)
+                reader = None if stamp is None else ByteReader(stamp)
                 if reader is None:
                     self._pickled[file] = self._open.enter_context(self._checkpoint.open(file))
                 else:

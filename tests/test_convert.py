@@ -378,20 +378,14 @@ def test_overwrite_replaces_a_checkpoint_as_a_whole(tiny_llama: Make, save_check
 # -- mappings and versions --
 
 
-def mapping_text() -> str:
-    from tepatch.plugins import default_host
-
-    return default_host().patch("llama").mapping_path().read_text(encoding="utf-8")
-
-
 def test_another_wording_of_the_mapping_is_no_other_layout(
     tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
 ) -> None:
     folder = save_checkpoint(tiny_llama())
-    text = mapping_text().replace("mlp.fc2_weight: mlp.", "mlp.fc2_weight: {of: mlp.")
-    text = text.replace("{of: mlp.down_proj.weight", "{of: mlp.down_proj.weight}")
-    assert text != mapping_text()
-    (tmp_path / "worded.yaml").write_text(f"# a comment\n{text}")
+    (tmp_path / "worded.yaml").write_text(
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n"
+        "  model.layers.{layer}:\n    mlp.fc2_weight: {of: mlp.down_proj.weight}\n"
+    )
     convert(folder, tmp_path / "te", mapping=tmp_path / "worded.yaml")
     manifest = json.loads((tmp_path / "te" / "tepatch.json").read_text())
     assert_same_parameters(load(tmp_path / "te"), load(folder))

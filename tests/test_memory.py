@@ -1,10 +1,8 @@
-"""Loading takes the memory of the model and next to nothing more. Time is measured by ``benchmarks/load_cpu.py``."""
+"""Loading takes the memory of the model and next to nothing more. Time is measured by ``benchmarks/load.py``."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,19 +11,18 @@ ALLOWANCE = 150_000_000  # bytes beyond the model and its largest parameter
 
 
 def test_private_memory_stays_within_model_and_largest_parameter(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    sys.path.insert(0, str(pytestconfig.rootpath / "benchmarks"))
-    try:
-        import load_cpu
-    finally:
-        sys.path.pop(0)
-    load_cpu.make(tmp_path, layers=4)
-    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    largest = load_cpu.SHAPE["vocab_size"] * load_cpu.SHAPE["hidden_size"] * 2
+    load = runpy.run_path(str(pytestconfig.rootpath / "benchmarks" / "load.py"))
+    shape = "llama-3.2-1b"
+    load["make"](tmp_path, shape, layers=4)
+    size = load["size_of"](tmp_path)
+    largest = load["SHAPES"][shape]["vocab_size"] * load["SHAPES"][shape]["hidden_size"] * 2
     assert size > 900_000_000
-    script = pytestconfig.rootpath / "benchmarks" / "load_cpu.py"
-    command = [sys.executable, str(script), "--folder", str(tmp_path), "--one", "tepatch"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
-    used = json.loads(done.stdout.splitlines()[-1])["private_bytes"]
+    process = load["Process"]("tepatch", tmp_path, "cpu")
+    try:
+        assert "failed" not in process.ask()
+        used = process.ask("first")["private_bytes"]
+    finally:
+        process.close()
     print(f"\n{used:,} bytes for {size:,} of weights")
     assert used >= size, "the weights are really in memory"
     assert used <= size + largest + ALLOWANCE

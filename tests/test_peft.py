@@ -472,21 +472,18 @@ def test_moving_to_another_dtype_keeps_projections_at_the_current_parameters(bot
 
 
 @pytest.mark.parametrize(
-    ("straight", "changed"),
+    "rule",
     [
-        ("proj.weight: self_attn.o_proj.weight", "proj.weight: {of: self_attn.o_proj.weight, transpose: true}"),
-        ("of: self_attn.o_proj.bias}", "of: self_attn.o_proj.bias, scale: 2}"),
+        "self_attn.proj.weight: {of: self_attn.o_proj.weight, transpose: true}",
+        "self_attn.proj.bias: {of: self_attn.o_proj.bias, scale: 2}",
     ],
     ids=["transposed", "with a scaled bias"],
 )
 def test_a_layer_that_does_not_lie_in_whole_rows_has_no_projection(
-    straight: str, changed: str, tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
+    rule: str, tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
 ) -> None:
-    from tepatch.plugins import default_host
-
-    text = default_host().patch("llama").mapping_path().read_text()
-    assert straight in text
-    (tmp_path / "changed.yaml").write_text(text.replace(straight, changed))
+    head = "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
+    (tmp_path / "changed.yaml").write_text(f"{head}    {rule}\n")
     folder = save_checkpoint(tiny_llama(**BIASES))
     model = tepatch.load("llama", folder, backend="reference", mapping=tmp_path / "changed.yaml")
     assert hasattr(model.model.layers[0].self_attn, "q_proj")

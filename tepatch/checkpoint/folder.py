@@ -19,7 +19,7 @@ from tepatch.checkpoint.interface import ShardReader, TensorInfo
 from tepatch.checkpoint.listing import counted, shortened
 from tepatch.checkpoint.manifest import Manifest, read_manifest
 from tepatch.checkpoint.pickled import read_pickled_header
-from tepatch.checkpoint.reading import ByteReader, FileStamp, open_shard
+from tepatch.checkpoint.reading import FileStamp, open_shard
 from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
 from tepatch.errors import CheckpointError, Problem
@@ -94,12 +94,9 @@ class FolderCheckpoint:
     manifest: Manifest | None
     stamps: Mapping[str, FileStamp] = field(repr=False)
 
-    def open_bytes(self, file: str, /) -> ByteReader | None:
-        """The bytes of one of ``files``, to be closed by the caller; None for a file of pickled tensors.
-
-        Raises ``CheckpointError`` when it has changed since its header was read.
-        """
-        return None if file.endswith(".bin") else ByteReader(self.stamps[file])
+    def stamp(self, file: str, /) -> FileStamp | None:
+        """A file that holds the bytes of its tensors as they are, each at its offset; None if they are pickled."""
+        return None if file.endswith(".bin") else self.stamps[file]
 
     @contextmanager
     def open(self, file: str, /) -> Iterator[ShardReader]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from tepatch.checkpoint.manifest import Manifest
+    from tepatch.checkpoint.reading import FileStamp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +78,10 @@ class Checkpoint(Protocol):
     @property
     def manifest(self) -> Manifest | None:
         """What says that the tensors are a patched model's own parameters; None for an ordinary checkpoint."""
+        ...
+
+    def stamp(self, file: str, /) -> FileStamp | None:
+        """One of ``files`` that holds the bytes of its tensors as they are, each at its offset; None for any other."""
         ...
 
     def open(self, file: str, /) -> AbstractContextManager[ShardReader]:

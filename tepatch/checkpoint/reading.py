@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from tepatch.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     import torch
+
+
+_MAX_BUFFERS = 1024  # IOV_MAX of Linux: what one preadv takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +99,7 @@ class SafetensorsReader:
             tensor = self._file.get_tensor(info.name)
         except (OSError, SafetensorError) as error:
             raise _unreadable(self._stamp, info, found=str(error)) from error
-        return _as_promised(tensor, info, self._stamp)
+        return as_promised(tensor, info, self._stamp)
 
     def close(self) -> None:
         """Let go of the file; tensors that are still held keep their own map of it."""
@@ -127,18 +131,32 @@ class ByteReader:
 
         Raises ``CheckpointError`` when the file can not be read or ends before.
         """
-        while buffer:
+        self.scatter([buffer], position)
+
+    def scatter(self, buffers: Sequence[memoryview], position: int) -> None:
+        """Fill several buffers, one after the other, with the bytes from ``position``. Raises as ``read_into`` does."""
+        left = [buffer for buffer in buffers if buffer]
+        while left:
             try:
-                count = os.preadv(self._file, [buffer], position)
+                count = os.preadv(self._file, left[:_MAX_BUFFERS], position)
             except OSError as error:
                 raise CheckpointError(
-                    Problem(where=self.stamp.where, what="cannot be read", found=str(error))
+                    Problem(
+                        where=self.stamp.where,
+                        what=f"cannot be read at byte {position:,}",
+                        found=str(error),
+                        fix="check the disk (dmesg) or the network mount, or copy the checkpoint again",
+                    )
                 ) from error
             if count == 0:
                 self.stamp.verify()  # it has been shortened since, and this says so
                 what = "ends before its header says that it does"
                 raise CheckpointError(Problem(where=self.stamp.where, what=what, found=f"no byte at {position:,}"))
-            buffer, position = buffer[count:], position + count
+            position += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
 
     def close(self) -> None:
         """Let go of the file."""
@@ -162,7 +180,7 @@ class PickledReader:
         self._stamp.verify()
         if info.name not in self._tensors:
             raise _unreadable(self._stamp, info, found="no such tensor among the open ones")
-        return _as_promised(self._tensors[info.name], info, self._stamp)
+        return as_promised(self._tensors[info.name], info, self._stamp)
 
     def close(self) -> None:
         """Let go of the file; tensors that are still held keep their own map of it."""
@@ -178,7 +196,7 @@ def _unreadable(stamp: FileStamp, info: TensorInfo, *, found: str) -> Checkpoint
     return CheckpointError(Problem(where=f"{stamp.where}: {info.name}", what="cannot be read", found=found))
 
 
-def _as_promised(tensor: torch.Tensor, info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
+def as_promised(tensor: torch.Tensor, info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
     """The tensor, once it is known to be the one that was planned with."""
     if tuple(tensor.shape) != info.shape or tensor.dtype != torch_dtype(info.dtype):
         raise CheckpointError(

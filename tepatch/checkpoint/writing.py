@@ -13,6 +13,7 @@ by several writers, and each tensor goes straight to its place, without a second
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import struct
@@ -145,14 +146,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     ``tensor`` is contiguous and on the CPU, of any dtype and shape. Raises ``ValueError`` for any other, because
     its bytes are not all of it, or not in order.
     """
-    import torch
-
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"a contiguous tensor on the CPU is wanted, without a lazy conjugate or sign: {tensor!r}")
-    # A view with other elements needs a dimension, and a stride of 1, which a dimension of size 1 may not have.
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
+    if not tensor.nbytes:
+        return memoryview(b"")
+    # Not by way of numpy: that would forbid the tensor's storage to be resized, for good (FSDP does that).
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined] # it lives as long as its bytes are looked at
+    return memoryview(memory).cast("B")
 
 
 def _refusal(name: str, spec: TensorSpec) -> Problem | None:

@@ -66,6 +66,9 @@ class FreshWeights:
                 return ".".join(parts[:end])
         return ".".join(parts)
 
+    def stamp(self, file: str, /) -> None:
+        """Never a file: tensors are made."""
+
     @contextmanager
     def open(self, file: str) -> Iterator[ShardReader]:
         """Materialise and initialise one block for as long as it is read."""

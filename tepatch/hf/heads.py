@@ -23,6 +23,7 @@ from tepatch.mapping.rules import is_below
 
 if TYPE_CHECKING:
     from tepatch.checkpoint.manifest import Manifest
+    from tepatch.checkpoint.reading import FileStamp
 
 _FRESH = "fresh:"
 """Begins the names of what is opened for fresh tensors, so that none is a file's."""
@@ -72,6 +73,9 @@ class Completed:
     @property
     def manifest(self) -> Manifest | None:
         return self._checkpoint.manifest
+
+    def stamp(self, file: str, /) -> FileStamp | None:
+        return None if file.startswith(_FRESH) else self._checkpoint.stamp(file)
 
     def open(self, file: str, /) -> AbstractContextManager[ShardReader]:
         if not file.startswith(_FRESH):

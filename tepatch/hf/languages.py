@@ -32,6 +32,7 @@ from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Copy, Plan
 from tepatch.mapping.views import Pair, source_strides
+from tepatch.te.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -225,10 +226,8 @@ def readable(tensor: torch.Tensor) -> torch.Tensor | None:
     kind = type(tensor)
     if kind is torch.Tensor or kind is nn.Parameter:
         return tensor
-    # Transformer Engine's quantized weights have a method of their own. Sharded tensors (DTensor) have not: what
-    # is here is a part, and views of the whole mean nothing in it.
-    if kind.dequantize is torch.Tensor.dequantize:
-        return None
+    if not is_quantized(tensor):
+        return None  # such as a sharded tensor (DTensor): what is here is a part, views of the whole mean nothing in it
     plain: torch.Tensor = tensor.dequantize()
     return plain
 

@@ -23,6 +23,8 @@ from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.hf import attention
 from tepatch.hf.config import told
+from tepatch.hf.named import named_tensors
+from tepatch.hf.sharding import like_sharded
 from tepatch.mapping.plan import Plan, Spec
 from tepatch.replace import Replacement, replace_layers
 from tepatch.te.layer import AcceleratedLayer
@@ -99,20 +101,6 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     return specs, ties
 
 
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by every name that they have, wrappers around modules left out of it."""
-    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {without_wrappers(name): tensor for name, tensor in found}
-
-
-def without_wrappers(name: str) -> str:
-    """The name of a module or tensor as if FSDP and checkpointing had put nothing around the modules on its path.
-
-    State dicts leave these parts out too, and wrappers give the attributes of what they wrap.
-    """
-    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Give a meta model its tensors, tie what is tied, and compute the buffers that no checkpoint holds.
 
@@ -123,8 +111,9 @@ def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tens
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
-            requires_grad = owner._parameters[leaf].requires_grad  # type: ignore[union-attr]
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+            meta = owner._parameters[leaf]
+            assert meta is not None
+            owner._parameters[leaf] = nn.Parameter(like_sharded(tensor, meta), requires_grad=meta.requires_grad)
     for name, entry in plan.targets.items():
         if entry.state == "tied":
             owner, leaf = _owner(model, name)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import nn
 from tepatch.errors import BackendError, LoadError, PlanError, Problem
 from tepatch.hf.config import told
 from tepatch.hf.languages import patched_names
-from tepatch.hf.model import named_tensors
+from tepatch.hf.named import named_tensors
 from tepatch.mapping.names import fold
 from tepatch.te.devices import brought
 
@@ -70,6 +70,12 @@ class Placement:
         """The places in the map's order, as text."""
         places = dict.fromkeys(self.device_map.values())
         return tuple(DISK if place == DISK else str(_device(place)) for place in places)
+
+    def off_gpu(self, names: Iterable[str]) -> list[str]:
+        """Those of these parameters that will not be on a GPU."""
+        places = {name: _place_of(self.device_map, name) for name in names}
+        away = {name for name, place in places.items() if place is not None and _is_off_gpu(place)}
+        return [name for name in places if name in away]
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """New memory for a parameter, where it will stay."""
@@ -350,6 +356,10 @@ def _device(place: int | str | torch.device) -> torch.device:
     if place == DISK:
         return torch.device(CPU)
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
+def _is_off_gpu(place: int | str) -> bool:
+    return place == DISK or _device(place).type != "cuda"
 
 
 def _place_of(device_map: Mapping[str, int | str], name: str) -> int | str | None:

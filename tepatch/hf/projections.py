@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tepatch.hf.model import without_wrappers
+from tepatch.hf.named import without_wrappers
 from tepatch.mapping.plan import Copy, Plan
 from tepatch.te.fused import Fused, Place, Projection, Rows
 

@@ -14,7 +14,7 @@ from tepatch.checkpoint.manifest import MANIFEST
 from tepatch.errors import PlanError, Problem, SaveError, UnsupportedError
 from tepatch.hf.exporting import check_present, export_plan, report_of
 from tepatch.hf.languages import Names, is_extra_state, memory_names_of, names_in, patched_names, readable, translate
-from tepatch.hf.model import named_tensors
+from tepatch.hf.named import named_tensors
 from tepatch.hf.placement import Readers, offloaded
 from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Plan

@@ -36,7 +36,8 @@ from tepatch.hf.languages import (
     readable,
     translate,
 )
-from tepatch.hf.model import EXTRA_STATE, named_tensors, without_wrappers
+from tepatch.hf.model import EXTRA_STATE
+from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tepatch.checkpoint import Checkpoint, dtype_code, open_checkpoint, torch_dtype
 from tepatch.checkpoint.dtypes import ITEM_SIZES
-from tepatch.checkpoint.reading import FileStamp
+from tepatch.checkpoint.reading import ByteReader, FileStamp
 from tepatch.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -186,7 +186,7 @@ def test_a_file_that_changes_while_its_bytes_are_opened_is_refused(
 
     monkeypatch.setattr(os, "open", opening)
     with pytest.raises(CheckpointError, match=f"model.safetensors: {what} since its header was read"):
-        checkpoint.open_bytes("model.safetensors")
+        ByteReader(checkpoint.stamps["model.safetensors"])
     for descriptor in descriptors:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)

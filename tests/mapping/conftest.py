@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tepatch.checkpoint import TensorInfo, dtype_code
+from tepatch.assembly import same_bits
+from tepatch.checkpoint import TensorInfo, dtype_code, open_checkpoint
 from tepatch.errors import MappingError, PlanError, Problem
-from tepatch.execute import load_tensors, restore_tensors
+from tepatch.execute import Destination, load_tensors, restore_tensors
 from tepatch.mapping import Plan, Spec, make_plan, parse_mapping
+from tepatch.streaming.settings import Reading
 
 Tensors = dict[str, torch.Tensor]
+SMALL = 64
+"""Bytes: so that even the smallest tensors are read in several pieces."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class MemoryCheckpoint:
             )
             offset += tensor.nbytes
         return out
+
+    def stamp(self, file: str, /) -> None:
+        """There is no file."""
 
     @contextmanager
     def open(self, file: str, /) -> Iterator[MemoryCheckpoint]:
@@ -120,8 +128,8 @@ def refused() -> Callable[..., list[Problem]]:
 
 
 @pytest.fixture
-def travel() -> Callable[..., Trip]:
-    """Plans, loads and restores: ``targets`` are shapes, or shapes with a dtype."""
+def travel(tmp_path: Path) -> Callable[..., Trip]:
+    """Plans, loads and restores. Loads twice: tensor by tensor, and from a file in pieces of a few elements."""
 
     def go(
         text: str,
@@ -141,7 +149,13 @@ def travel() -> Callable[..., Trip]:
             ties=ties,
             location=checkpoint.location,
         )
-        loaded, _ = load_tensors(plan, checkpoint, device=torch.device("cpu"), progress=False)
+        to = Destination(device=torch.device("cpu"))
+        loaded, _ = load_tensors(plan, checkpoint, to=to, progress=False)
+        save_file({name: tensor.contiguous() for name, tensor in sources.items()}, tmp_path / "model.safetensors")
+        reading = Reading(threads=2, piece_bytes=SMALL)
+        streamed, _ = load_tensors(plan, open_checkpoint(tmp_path), to=to, reading=reading, progress=False)
+        assert streamed.keys() == loaded.keys()
+        assert all(same_bits(streamed[name], tensor) for name, tensor in loaded.items())
         return Trip(plan, loaded, dict(restore_tensors(plan, loaded)))
 
     return go

@@ -1,0 +1,283 @@
+"""Loading in pieces, by several threads, to the CPU and to a GPU: what arrives, what is read, and what can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tepatch.assembly import same_bits
+from tepatch.checkpoint.reading import FileStamp
+from tepatch.errors import BackendError, CheckpointError, LoadError, PlanError
+from tepatch.execute import Destination, load_tensors
+from tepatch.streaming.settings import Reading
+from tepatch.streaming.shards import Cut
+
+Make = Callable[..., Any]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where parameters go. Afterwards no thread is left, and no memory of a GPU is taken."""
+    device = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        gc.collect()
+        before = torch.cuda.memory_allocated(device)
+    yield device
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tepatch-read")]
+    if device.type == "cuda":
+        gc.collect()
+        assert torch.cuda.memory_allocated(device) == before
+
+
+def load(sample: Any, device: torch.device, reading: Reading | None = None, **more: Any) -> Any:
+    to = Destination(device=device, **more)
+    return load_tensors(sample.plan, sample.checkpoint, to=to, reading=reading, progress=False)
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        Reading(threads=3, piece_bytes=64),
+        Reading(threads=1, piece_bytes=512, buffers=1),
+        Reading(threads=16, piece_bytes=2048, buffers=3),
+        Reading(),
+    ],
+)
+def test_everything_arrives_in_its_place(reading: Reading, device: torch.device, sample: Make) -> None:
+    made = sample()
+    loaded, timing = load(made, device, reading)
+    assert loaded.keys() == made.expected.keys()
+    for name, expected in made.expected.items():
+        assert loaded[name].device == device
+        assert same_bits(loaded[name].cpu(), expected), name
+    # Each byte once: also of a tensor that is dealt out to several parameters along an inner dimension.
+    assert timing.bytes_read == sum(info.nbytes for info in made.checkpoint.tensors.values())
+    assert set(timing.stages) == {"allocate", "read", "copy", "place"}
+
+
+@pytest.mark.parametrize("source", ["safetensors", "fastsafetensors", "runai", "instanttensor"])
+def test_another_source_gives_the_same(source: str, device: torch.device, sample: Make) -> None:
+    if source != "safetensors":
+        pytest.importorskip({"runai": "runai_model_streamer"}.get(source, source))
+    made = sample()
+    if source == "instanttensor" and device.type == "cpu":
+        with pytest.raises(BackendError, match="GPU only"):
+            load(made, device, Reading(source=source))
+        return
+    loaded, _ = load(made, device, Reading(source=source))
+    for name, expected in made.expected.items():
+        assert same_bits(loaded[name].cpu(), expected), name
+
+
+def test_a_source_that_is_not_installed_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "fastsafetensors", None)
+    with pytest.raises(BackendError, match="pip install fastsafetensors"):
+        load(sample(), torch.device("cpu"), Reading(source="fastsafetensors"))
+
+
+CUTS = {
+    "run": [Cut(0, 65, 15)],
+    "interleaved": [Cut(0, 3, 4)],
+    "turned": [Cut(0, 7, 11)],
+    "stacked": [Cut(1, 10, 30), Cut(0, 1, 2)],
+    "padded": [Cut(0, 30, 10)],
+    "cast": [Cut(1, 5, 20)],
+    "embed": [Cut(0, 80, 10)],
+    "shifted": [Cut(0, 60, 0)],
+}
+
+
+def test_a_shard_is_the_slice_of_the_whole(device: torch.device, sample: Make) -> None:
+    made = sample()
+    loaded, _ = load(made, device, Reading(threads=2, piece_bytes=256), shards=CUTS)
+    for name, whole in made.expected.items():
+        expected = whole
+        for cut in CUTS.get(name, ()):
+            expected = expected.narrow(cut.dim, cut.start, cut.size)
+        assert same_bits(loaded[name].cpu(), expected.contiguous()), name
+
+
+def test_shards_of_rows_read_each_byte_once(sample: Make, device: torch.device) -> None:
+    """What two processes read is what one would; nobody reads bytes for the other."""
+    made = sample(copy=False)
+    halves = []
+    for rank in range(2):
+        shards = {}
+        for name, whole in made.expected.items():
+            rows = whole.shape[0]
+            start = -(-rows // 2) * rank
+            shards[name] = [Cut(0, start, min(-(-rows // 2), rows - start))]
+        loaded, timing = load(made, device, Reading(threads=2, piece_bytes=128), shards=shards)
+        halves.append((loaded, timing.bytes_read))
+    for name, whole in made.expected.items():
+        assert same_bits(torch.cat([loaded[name].cpu() for loaded, _ in halves]), whole), name
+    total = sum(info.nbytes for info in made.checkpoint.tensors.values())
+    # "turned" is cut across the rows of its source: both read what lies between.
+    assert total <= sum(count for _, count in halves) <= total + made.checkpoint.tensors["square"].nbytes
+
+
+def test_a_copy_that_differs_is_an_error(device: torch.device, sample: Make) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["head"][89, 31] += 1
+
+    with pytest.raises(CheckpointError, match=r"head differs from embed.*\n.*tie_word_embeddings"):
+        load(sample(change), device, Reading(piece_bytes=256))
+
+
+def test_a_number_that_is_too_large_is_an_error(device: torch.device, sample: Make) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["wide"][59, 40] = 1e30
+
+    with pytest.raises(LoadError, match=r"wide: values that float16 can not hold\n.*65504.*\n.*1.*e\+30"):
+        load(sample(change, dtype="F16"), device, Reading(piece_bytes=256))
+
+
+def test_infinity_itself_is_no_error(device: torch.device, sample: Make) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["wide"][3, 4] = float("inf")
+
+    loaded, _ = load(sample(change), device)
+    assert loaded["cast"][3, 4] == float("inf")
+
+
+def test_a_disk_that_fails_is_told(device: torch.device, sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read, calls = sample(), os.preadv, []
+
+    def failing(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(
+        CheckpointError, match=r"model-0000.-of-00002.safetensors: cannot be read at byte [\d,]+"
+    ) as got:
+        load(made, device, Reading(threads=3, piece_bytes=256))
+    assert "Input/output error" in str(got.value)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_file_that_is_cut_short_meanwhile_is_told(
+    is_first: bool, device: torch.device, sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, read, calls = sample(), os.preadv, []
+    path = made.folder / "model-00002-of-00002.safetensors"
+
+    def cutting(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) == (1 if is_first else 12):
+            os.truncate(path, path.stat().st_size // 2)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", cutting)
+    with pytest.raises(CheckpointError, match=r"model-00002.*has changed since its header was read"):
+        load(made, device, Reading(threads=2, piece_bytes=256))
+
+
+def test_a_file_that_is_written_to_meanwhile_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bytes could be read, and they are of two states of the file."""
+    made, read, calls = sample(), os.preadv, []
+    path = made.folder / "model-00001-of-00002.safetensors"
+    stamp = FileStamp.of(path, where="")
+
+    def touching(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) == 8:
+            os.utime(path, ns=(stamp.mtime_ns + 1, stamp.mtime_ns + 1))
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", touching)
+    with pytest.raises(CheckpointError, match=r"model-00001.*has changed since its header was read"):
+        load(made, torch.device("cpu"), Reading(threads=2, piece_bytes=256))
+
+
+def test_an_interrupt_stops_all_threads(sample: Make, device: torch.device) -> None:
+    def interrupt(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if name == "stacked":
+            raise KeyboardInterrupt
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    with pytest.raises(KeyboardInterrupt):
+        load(sample(), device, Reading(threads=4, piece_bytes=64), allocate=interrupt)
+
+
+def test_what_is_assembled_is_whole_and_few_at_a_time(device: torch.device, sample: Make) -> None:
+    made = sample()
+    alive: list[str] = []
+    most = [0]
+    kept: dict[str, torch.Tensor] = {}
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        out = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        if name in seals and name != "embed":  # it has a copy to be compared with, and so stays to the end
+            alive.append(name)
+            most[0] = max(most[0], len(alive))
+            weakref.finalize(out, alive.remove, name)
+        return out
+
+    def seal(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept[name] = tensor.clone()
+        return tensor.float().sum().cpu()
+
+    seals = {name: (lambda tensor, name=name: seal(name, tensor)) for name in made.expected}
+    reading = Reading(threads=3, piece_bytes=256)
+    loaded, _ = load(made, device, reading, allocate=allocate, seals=seals)
+    for name, expected in made.expected.items():
+        assert same_bits(kept[name].cpu(), expected), name
+        assert loaded[name].shape == ()
+    assert most[0] == 2
+    loaded.clear()
+    kept.clear()
+
+
+@pytest.mark.gpu
+def test_too_little_memory_of_a_gpu_is_told_and_given_back(sample: Make) -> None:
+    made = sample()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if name == "stacked":
+            return torch.empty(1 << 46, dtype=torch.uint8, device="cuda")  # torch's own error
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    with pytest.raises(LoadError, match=r"out of memory after reading [\d,]+ of [\d,]+ bytes"):
+        load(made, torch.device("cuda", 0), Reading(threads=2, piece_bytes=256), allocate=allocate)
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_copies_to_a_gpu_are_from_pinned_memory(sample: Make) -> None:
+    from tepatch.streaming.memory import HostMemory
+
+    with HostMemory(1 << 21, is_pinned=True) as memory:
+        assert memory.is_pinned
+        assert memory.bytes.is_pinned()
+    _, timing = load(sample(), torch.device("cuda", 0))
+    assert timing.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"threads": 0}, "threads"),
+        ({"threads": 2.5}, "threads"),
+        ({"piece_bytes": 8}, "piece_bytes"),
+        ({"piece_bytes": None}, "piece_bytes"),
+        ({"buffers": True}, "buffers"),
+        ({"source": "magic"}, "source"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(PlanError, match=rf"reading\.{name}: can not be used"):
+        Reading(**wrong)
