@@ -7,7 +7,9 @@ A test compares the page with what this script would write, so help and page nev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -43,9 +45,16 @@ def main() -> None:
 
 def page() -> str:
     """The text of the page."""
-    commands: list[str] = list(getattr(get_command(app), "commands", {}))
-    parts = [HEAD, *(f"## tepatch {name}".rstrip() + f"\n\n```text\n{help_of(name)}```\n" for name in ["", *commands])]
+    names = ["", *commands_of(get_command(app))]
+    parts = [HEAD, *(f"## tepatch {name}".rstrip() + f"\n\n```text\n{help_of(name)}```\n" for name in names)]
     return "\n".join(parts)
+
+
+def commands_of(group: Any) -> Iterator[str]:
+    """The commands; those that are in a group of their own with its name before theirs."""
+    for name, command in getattr(group, "commands", {}).items():
+        inner = [f"{name} {each}" for each in commands_of(command)]
+        yield from inner or [name]
 
 
 def help_of(command: str) -> str:

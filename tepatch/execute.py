@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
 
 import torch
 
@@ -31,7 +33,7 @@ from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.plan import Plan, Step
 from tepatch.progress import ProgressBar
 from tepatch.streaming.libraries import read_tensors
-from tepatch.streaming.pieces import Tensor, cut
+from tepatch.streaming.pieces import Piece, Tensor, cut, item_size
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.shards import Cut, clip, shard_shape
 from tepatch.streaming.stream import Stream
@@ -49,8 +51,7 @@ class Timing:
     bytes_read: int
     seconds: float
     stages: Mapping[str, float]
-    """Parts of ``seconds``: ``allocate``, and means over the threads of what they waited for the file system (``read``)
-    and for copies to a GPU (``copy``), and what they took to put bytes in another order or dtype (``place``)."""
+    """Parts of ``seconds``, see ``Report.seconds``."""
     notes: tuple[str, ...] = ()
 
 
@@ -128,16 +129,18 @@ class _Load:
         later = {copy.target for copy in self.plan.copies if copy.source in by_name}
         later |= {entry.note for entry in self.plan.sources.values() if entry.state == "redundant"}
         staged = frozenset(self.to.seals.keys() - later)
-        cuts = cut(self.plan, streamed, piece_bytes=self.reading.piece_bytes, clip=self._clip, staged=staged)
+        comparing: list[Piece] = []
         with Stream(
             self.plan, self.checkpoint, self.reading, device=self.to.device, allocate=self._allocated, bar=bar
         ) as stream:
             try:
-                stream.run(cuts.filling, self._seal)
+                groups = self._groups(streamed, staged, comparing)
+                stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged})
                 self._read_named(named, bar)
                 for name in self.plan.writes:
                     self._allocated(name)  # what is made of constants only, or empty
-                stream.run({"": cuts.comparing} if cuts.comparing else {})
+                if comparing:
+                    stream.run([("", comparing)])
                 self._compare_named(named, bar)
                 for name in self.to.seals.keys() - staged:
                     self._seal(name, self.out[name])
@@ -145,11 +148,28 @@ class _Load:
                 stream.verify()
             finally:
                 self.bytes_read += stream.bytes_read
-        threads = self.reading.num_threads
-        spent = {"read": stream.spent.read, "copy": stream.spent.copy, "place": stream.spent.place}
-        self.stages = {"allocate": stream.allocate_seconds, **{name: s / threads for name, s in spent.items()}}
+        threads, spent = stream.reading.num_threads, stream.spent
+        self.stages = {
+            "allocate": stream.allocate_seconds,
+            "read": spent.read / threads,
+            "copy": spent.copy / threads,
+            "place": spent.place / threads + stream.moving.place,
+        }
         if stream.unpinned:
             self.notes.append("the system let no memory be pinned (ulimit -l), which makes copies to a GPU slower")
+
+    def _groups(
+        self, streamed: Sequence[Tensor], staged: frozenset[str], comparing: list[Piece]
+    ) -> Iterator[tuple[str, Iterable[Piece]]]:
+        """What fills the parameters, in the groups of ``Stream.run``; copies to be compared are added to ``comparing``.
+
+        Where nothing is assembled, one file after the other is cut: the first is being read before the last is.
+        """
+        files = [tuple(tensors) for _, tensors in groupby(streamed, key=lambda tensor: tensor.file)]
+        for tensors in [tuple(streamed)] if staged else files:
+            cuts = cut(self.plan, tensors, piece_bytes=self.reading.piece_bytes, clip=self._clip, staged=staged)
+            comparing += cuts.comparing
+            yield from cuts.filling.items()
 
     def _ways(self) -> tuple[list[Tensor], list[TensorInfo]]:
         """What is read by its bytes, and what by its name."""
@@ -189,6 +209,11 @@ class _Load:
                 tensor.as_strided(step.sizes, step.write_strides, step.write_offset).fill_(fill.value)
         self.out[name] = tensor
         return tensor
+
+    def _nbytes(self, name: str) -> int:
+        """What a parameter takes, whole or its shard, in bytes."""
+        entry = self.plan.targets[name]
+        return prod(shard_shape(entry.shape, self.to.shards.get(name, ()))) * item_size(entry.dtype)
 
     def _seal(self, name: str, tensor: torch.Tensor) -> None:
         del self.out[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+BLOCK = 4096
+"""Bytes. Reads past the page cache begin and end at multiples of it, in the file and in memory."""
+_SAMPLE_EVERY = 1 << 26
+"""Bytes of a file between two that are asked for to find out whether it is in the page cache."""
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: what one preadv takes
 
 
@@ -122,9 +128,49 @@ class ByteReader:
         # Only now: what is put in its place between a check and the opening would be read in its stead.
         try:
             stamp.verify()
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read ahead further
         except BaseException:
             os.close(self._file)
             raise
+        self._direct: int | None = None
+        self._is_asked = False
+        self._lock = threading.Lock()
+
+    @property
+    def can_bypass(self) -> bool:
+        """Whether there is a way past the page cache, and a reason to take it: the cache does not hold the file."""
+        return self._opened_direct() is not None
+
+    def read_past_cache(self, buffer: memoryview, position: int, nbytes: int) -> int:
+        """``read_into`` for ``nbytes``, but past the page cache where that ``can_bypass``.
+
+        ``buffer`` begins at a multiple of ``BLOCK`` and has room for two more of them than the bytes need. Returns
+        where in it the bytes begin. File systems that know no such reads are read as ever.
+        """
+        start, direct = position // BLOCK * BLOCK, self._opened_direct()
+        end, done = position + nbytes - start, 0
+        while direct is not None and done < end:
+            try:
+                count = os.preadv(direct, [buffer[done : -(-end // BLOCK) * BLOCK]], start + done)
+            except OSError:
+                count = 0
+            if count == 0:
+                break  # the ordinary read says what is wrong, if anything is
+            done += count
+        if done < end:
+            self.read_into(buffer[:nbytes], position)
+            return 0
+        return position - start
+
+    def _opened_direct(self) -> int | None:
+        """A descriptor for reading past the page cache; None where that is not possible, or not needed."""
+        with self._lock:
+            if not self._is_asked:
+                self._is_asked = True
+                if not is_cached(self._file, self.stamp.size):
+                    with contextlib.suppress(OSError):  # this file system has none
+                        self._direct = os.open(self.stamp.path, os.O_RDONLY | os.O_DIRECT)
+            return self._direct
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill ``buffer`` with the bytes from ``position`` of the file. Threads may share the reader.
@@ -161,6 +207,21 @@ class ByteReader:
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def is_cached(file: int, size: int) -> bool:
+    """Whether the page cache holds an open file, as far as some bytes of it tell; False where the system does not say.
+
+    Asking for what it does not hold has the system read a little of it.
+    """
+    try:
+        for position in (*range(_SAMPLE_EVERY // 2, size, _SAMPLE_EVERY), size - 1):
+            os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait, or there is no such question on this file system
+        return False
+    return True
 
 
 class PickledReader:

@@ -1,4 +1,4 @@
-"""The command line: ``tepatch plugins``, ``check``, ``plan``, ``convert``, ``certify``, ``verify``, ``schema``.
+"""Commands: ``tepatch plugins``, ``check``, ``plan``, ``convert``, ``certify``, ``verify``, ``schema``, ``bench``.
 
 A command reads its arguments, calls the library and prints. What is heavy (torch, transformers, pydantic) is
 imported inside commands, so that listing plugins takes no longer than it must.
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tepatch.cli.benching import bench
 from tepatch.cli.certifying import certify
 from tepatch.cli.checking import check
 from tepatch.cli.converting import convert
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (plugins, check, plan, convert, certify, verify, schema):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

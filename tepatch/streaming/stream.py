@@ -9,6 +9,7 @@ put in its place there. For a parameter on the CPU, runs are read straight into 
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -21,12 +22,12 @@ from types import TracebackType
 import torch
 
 from tepatch.checkpoint import Checkpoint
-from tepatch.checkpoint.reading import ByteReader
+from tepatch.checkpoint.reading import BLOCK, ByteReader, is_cached
 from tepatch.checkpoint.writing import tensor_bytes
 from tepatch.mapping.plan import Plan
 from tepatch.progress import ProgressBar
 from tepatch.streaming.memory import HostMemory
-from tepatch.streaming.pieces import Piece
+from tepatch.streaming.pieces import Piece, item_size
 from tepatch.streaming.placing import Doubts, Target, bytes_in, is_run, place, scattered
 from tepatch.streaming.settings import Reading
 
@@ -34,8 +35,6 @@ Allocate = Callable[[str], torch.Tensor]
 """From a parameter's name to memory for it, or for this process's shard of it."""
 Seal = Callable[[str, torch.Tensor], None]
 """Takes a parameter that is assembled, whole."""
-_MAX_STAGED = 2
-"""Parameters that are assembled at once: one is read while the one before is still on its way."""
 
 
 def new_event() -> torch.cuda.Event:
@@ -45,6 +44,11 @@ def new_event() -> torch.cuda.Event:
 
 def _has_passed(event: torch.cuda.Event) -> bool:
     return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+def _stays_aligned(piece: Piece) -> bool:
+    """Whether a piece's elements are aligned where they are in the file, and so in memory that is read by blocks."""
+    return all((piece.position + each.start) % item_size(each.dtype) == 0 for each in piece.placements)
 
 
 @dataclass(slots=True)
@@ -97,15 +101,18 @@ class Stream:
         bar: ProgressBar,
     ) -> None:
         self.plan = plan
-        self.reading = reading
+        self.reading = reading.settled(is_cached=self._is_cached(checkpoint))
         self.device = device
         self.doubts = Doubts()
         self.bar = bar
         self.bytes_read = 0
         self.spent = Spent()
+        """Of all readers."""
+        self.moving = Spent()
+        """Of the mover."""
         self.allocate_seconds = 0.0
         self.unpinned = 0
-        """Threads whose buffers the system did not let be pinned."""
+        """Buffers for a GPU that the system did not let be pinned."""
         self._checkpoint = checkpoint
         self._allocate = allocate
         self._readers: dict[str, ByteReader] = {}
@@ -123,30 +130,39 @@ class Stream:
         self._readers.clear()
         self._open.close()
 
-    def run(self, groups: Mapping[str, Iterable[Piece]], seal: Seal | None = None) -> None:
+    def run(
+        self,
+        groups: Iterable[tuple[str, Iterable[Piece]]],
+        seal: Seal | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         """Read all pieces and return when all is in its place.
 
-        A group with a name is one parameter, which is given to ``seal`` once it is whole; two are in memory at once.
-        Raises ``CheckpointError`` or ``LoadError``; what allocating raises goes through.
+        ``groups`` are names and pieces. One with a name is one parameter, which is given to ``seal`` once it is whole.
+        ``sizes`` has its bytes: as many are in memory at once as take no more than two of the largest would. Raises
+        ``CheckpointError`` or ``LoadError``; what allocating raises goes through.
         """
         work = _Work(self)
         work.start()
-        staged = 0
+        sizes = sizes or {}
+        most = 2 * max(sizes.values(), default=0)
+        staged: dict[str, int] = {}
         try:
-            for name, pieces in groups.items():
+            for name, pieces in groups:
                 listed = list(pieces)
                 group = _Group(name, len(listed)) if name else None
-                if group is not None and staged == _MAX_STAGED:
-                    staged -= self._sealed(work, seal)
+                while group is not None and staged and sum(staged.values()) + sizes[name] > most and not work.failed:
+                    staged.pop(self._sealed(work, seal), None)
                 for piece in listed:
                     if work.failed:
                         break
                     work.orders.put(_Order(piece, {p.target: self._target(p.target) for p in piece.placements}, group))
-                staged += group is not None
+                if group is not None:
+                    staged[name] = sizes[name]
                 if work.failed:
                     break
             while staged and not work.failed:
-                staged -= self._sealed(work, seal)
+                staged.pop(self._sealed(work, seal), None)
         except BaseException as error:
             work.fail(error)
             raise
@@ -156,6 +172,20 @@ class Stream:
                 torch.cuda.synchronize(used)
         if work.failed:
             raise work.failed[0]
+
+    @staticmethod
+    def _is_cached(checkpoint: Checkpoint) -> bool:
+        for stamp in filter(None, map(checkpoint.stamp, checkpoint.files)):
+            try:
+                file = os.open(stamp.path, os.O_RDONLY)
+            except OSError:
+                return False  # whoever reads it says why
+            try:
+                if not is_cached(file, stamp.size):
+                    return False
+            finally:
+                os.close(file)
+        return True
 
     def verify(self) -> None:
         """Raise ``CheckpointError`` if a file that was read has changed since its header was."""
@@ -185,16 +215,16 @@ class Stream:
             self.allocate_seconds += time.perf_counter() - started
         return target
 
-    def _sealed(self, work: _Work, seal: Seal | None) -> int:
-        """Wait for a parameter to be whole and give it away; 0 if a thread has failed instead."""
+    def _sealed(self, work: _Work, seal: Seal | None) -> str:
+        """Wait for a parameter to be whole and give it away; gives its name, or none if a thread has failed instead."""
         if (group := work.whole.get()) is None:
-            return 0
+            return ""
         tensor = self._targets.pop(group.name).tensor
         if group.event is not None:
             group.event.wait(torch.cuda.current_stream(tensor.device))
         if seal is not None:
             seal(group.name, tensor)
-        return 1
+        return group.name
 
 
 @dataclass(slots=True, eq=False)
@@ -216,14 +246,19 @@ class _Work:
         self.failed: list[BaseException] = []
         reading = stream.reading
         self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[tuple[_Order, _Buffer] | None] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[_Order, _Buffer, torch.Tensor] | None] = queue.SimpleQueue()
         self._ring: list[_Buffer] = []
+        self._num_made = 0
         self._lock = threading.Lock()
         self._readers = [
-            threading.Thread(target=self._guarded, args=(self._reader,), name=f"tepatch-read-{i}", daemon=True)
+            threading.Thread(
+                target=self._guarded, args=(self._reader, stream.spent), name=f"tepatch-read-{i}", daemon=True
+            )
             for i in range(reading.num_threads)
         ]
-        self._mover = threading.Thread(target=self._guarded, args=(self._move,), name="tepatch-read-mover", daemon=True)
+        self._mover = threading.Thread(
+            target=self._guarded, args=(self._move, stream.moving), name="tepatch-read-mover", daemon=True
+        )
 
     def start(self) -> None:
         for thread in (*self._readers, self._mover):
@@ -247,7 +282,7 @@ class _Work:
         for buffer in self._ring:
             buffer.memory.close()
 
-    def _guarded(self, run: Callable[[Spent], None]) -> None:
+    def _guarded(self, run: Callable[[Spent], None], total: Spent) -> None:
         spent = Spent()
         try:
             with torch.no_grad():
@@ -256,16 +291,18 @@ class _Work:
             self.fail(error)
         finally:
             with self._lock:
-                self.stream.spent.add(spent)
+                total.add(spent)
 
     def _reader(self, spent: Spent) -> None:
+        may_bypass = self.stream.reading.cache == "bypass"
         while (order := self.orders.get()) is not None:
             if self.failed:
                 continue
             piece, group = order.piece, order.group
             file = self.stream.reader(piece.file)
             started = time.perf_counter()
-            if (parts := scattered(piece, order.targets)) is not None:
+            is_past_cache = may_bypass and _stays_aligned(piece) and file.can_bypass
+            if not is_past_cache and (parts := scattered(piece, order.targets)) is not None:
                 file.scatter([tensor_bytes(part) for part in parts], piece.position)
                 spent.read += time.perf_counter() - started
                 del order, parts  # from now on this must keep no parameter alive
@@ -274,17 +311,21 @@ class _Work:
             if (buffer := self._buffer()) is None:
                 continue
             got = time.perf_counter()
-            file.read_into(buffer.memory.view[: piece.nbytes], piece.position)
+            start = 0
+            if is_past_cache:
+                start = file.read_past_cache(buffer.memory.view, piece.position, piece.nbytes)
+            else:
+                file.read_into(buffer.memory.view[: piece.nbytes], piece.position)
             read = time.perf_counter()
             spent.copy += got - started
             spent.read += read - got
+            held = buffer.memory.bytes[start : start + piece.nbytes]
             if any(target.tensor.is_cuda for target in order.targets.values()):
-                self._read.put((order, buffer))
+                self._read.put((order, buffer, held))
                 del order
             else:
-                host = buffer.memory.bytes[: piece.nbytes]
                 for each in piece.placements:
-                    place(self.stream.plan, each, host, order.targets[each.target], self.stream.doubts)
+                    place(self.stream.plan, each, held, order.targets[each.target], self.stream.doubts)
                 spent.place += time.perf_counter() - read
                 self._free.put(buffer)
                 del order
@@ -294,39 +335,41 @@ class _Work:
         """A buffer that is free; None if something has failed meanwhile."""
         reading = self.stream.reading
         with self._lock:
-            if self._free.empty() and len(self._ring) < reading.num_threads * reading.buffers:
-                is_cuda = self.stream.device.type == "cuda"
-                buffer = _Buffer(HostMemory(reading.piece_bytes, is_pinned=is_cuda))
-                self._ring.append(buffer)
-                self.stream.unpinned += is_cuda and not buffer.memory.is_pinned
-                return buffer
-        return self._free.get()
+            is_new = self._free.empty() and self._num_made < reading.num_buffers
+            self._num_made += is_new
+        if not is_new:
+            return self._free.get()
+        is_cuda = self.stream.device.type == "cuda"
+        buffer = _Buffer(HostMemory((-(-reading.piece_bytes // BLOCK) + 2) * BLOCK, is_pinned=is_cuda))
+        with self._lock:
+            self._ring.append(buffer)
+            self.stream.unpinned += is_cuda and not buffer.memory.is_pinned
+        return buffer
 
     def _move(self, spent: Spent) -> None:
         """Have GPUs copy what the readers have read."""
-        reading = self.stream.reading
         on_way: deque[_Buffer] = deque()
-        at_most = reading.num_threads * (reading.buffers - 1)
         mover = _Mover(self.stream)
         try:
             while (read := self._read.get()) is not None:
                 if self.failed:
                     continue
-                order, buffer = read
+                order, buffer, held = read
                 piece, group = order.piece, order.group
                 started = time.perf_counter()
-                buffer.events = mover.move(order, buffer.memory.bytes)
+                buffer.events = mover.move(order, held)
                 if group is not None:
                     group.event = mover.mark(order)
                 on_way.append(buffer)
                 spent.place += time.perf_counter() - started
-                del read, order, buffer
+                del read, order, buffer, held
                 self._done(piece, group)
-                while on_way and (len(on_way) > at_most or all(map(_has_passed, on_way[0].events))):
-                    first = on_way.popleft()
-                    for event in first.events:
+                while on_way and all(map(_has_passed, on_way[0].events)):
+                    self._free.put(on_way.popleft())
+                if on_way and self._free.empty():  # some reader may be waiting
+                    for event in on_way[0].events:
                         event.synchronize()
-                    self._free.put(first)
+                    self._free.put(on_way.popleft())
         finally:
             mover.close()
 
@@ -351,16 +394,15 @@ class _Mover:
         self._held: dict[torch.device, torch.Tensor] = {}
         self._current: torch.cuda.Stream | None = None
 
-    def move(self, order: _Order, memory: torch.Tensor) -> list[torch.cuda.Event]:
-        """Send a piece in ``memory`` to its place. Returns what tells when nothing is copied from it any more."""
+    def move(self, order: _Order, host: torch.Tensor) -> list[torch.cuda.Event]:
+        """Send a piece, whose bytes are ``host``, to its place. Returns what tells when nothing is copied from it."""
         events = []
-        host: torch.Tensor | None = None
         for device in dict.fromkeys(target.tensor.device for target in order.targets.values()):
             mine = [(p, order.targets[p.target]) for p in order.piece.placements]
             mine = [(p, target) for p, target in mine if target.tensor.device == device]
             if device.type != "cuda":
                 for each, target in mine:
-                    place(self._of.plan, each, memory[: order.piece.nbytes], target, self._of.doubts)
+                    place(self._of.plan, each, host, target, self._of.doubts)
                 continue
             stream = self._enter(device)
             held: torch.Tensor | None = None
@@ -368,11 +410,10 @@ class _Mover:
                 if target.is_ready is not None:
                     stream.wait_event(target.is_ready)
                 if is_run(each, target.tensor):
-                    run = memory[each.start : each.start + each.span]
+                    run = host[each.start : each.start + each.span]
                     bytes_in(each, target).copy_(run, non_blocking=True)
                     continue
                 if held is None:
-                    host = memory[: order.piece.nbytes]
                     held = self._on(device)[: order.piece.nbytes]
                     held.copy_(host, non_blocking=True)
                 place(self._of.plan, each, held, target, self._of.doubts)

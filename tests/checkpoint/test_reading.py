@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from tepatch.checkpoint import Checkpoint, dtype_code, open_checkpoint, torch_dtype
 from tepatch.checkpoint.dtypes import ITEM_SIZES
-from tepatch.checkpoint.reading import ByteReader, FileStamp
+from tepatch.checkpoint.reading import BLOCK, ByteReader, FileStamp
 from tepatch.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -238,3 +239,25 @@ def test_the_real_checkpoint_opens_and_reads(smollm2: Path) -> None:
     info = checkpoint.tensors["model.embed_tokens.weight"]
     with checkpoint.open(info.file) as shard:
         assert shard.read(info).isfinite().all()
+
+
+def test_bytes_that_begin_and_end_anywhere_are_read_past_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    values = torch.randn(1 << 24)
+    save_file({"w": values}, path)
+    with open(path, "rb") as file:
+        os.fsync(file)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    info = open_checkpoint(path).tensors["w"]
+    reader = ByteReader(open_checkpoint(path).stamps[path.name])
+    try:
+        if not reader.can_bypass:
+            pytest.skip("this file system keeps its files in memory, or has no such reads")
+        buffer = memoryview(mmap.mmap(-1, 64 * BLOCK))
+        expected = values.view(torch.uint8).numpy().tobytes()
+        for start, nbytes in ((0, 1), (1, 5000), (BLOCK - 1, 2), (12345, 60 * BLOCK), (values.nbytes - 777, 777)):
+            at = reader.read_past_cache(buffer, info.offset + start, nbytes)
+            assert at == (info.offset + start) % BLOCK
+            assert buffer[at : at + nbytes] == expected[start : start + nbytes]
+    finally:
+        reader.close()

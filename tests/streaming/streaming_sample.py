@@ -26,18 +26,19 @@ parameters:
   stacked: {stack: {concat: ['e.{expert}.w1', 'e.{expert}.w3']}, over: expert}
   padded: {of: short, pad: {size: 33}}
   whole: packed_plain
+  few: same
   apart.{expert}: {of: packed, take: {out_of: 4, index: expert, dim: 1}}
   embed: same
   head: {tie: embed}
 """
 SHAPES: dict[str, tuple[int, ...]] = {
     **{"a": (70, 33), "b": (10, 33), "wide": (60, 41), "square": (48, 30), "q": (6, 50), "k": (3, 50), "v": (3, 50)},
-    **{"norm": (65,), "short": (33, 20), "packed_plain": (7,), "packed": (20, 4, 30), "embed": (90, 32)},
+    **{"norm": (65,), "short": (33, 20), "packed_plain": (7,), "few": (5, 3), "packed": (20, 4, 30), "embed": (90, 32)},
     **{f"e.{i}.{w}": (24, 20) for i in range(4) for w in ("w1", "w3")},
 }
 TARGETS: dict[str, tuple[int, ...]] = {
     **{"run": (80, 33), "cast": (60, 41), "turned": (30, 48), "interleaved": (12, 50), "shifted": (65,)},
-    **{"stacked": (4, 48, 20), "padded": (40, 20), "whole": (7,), "embed": (90, 32)},
+    **{"stacked": (4, 48, 20), "padded": (40, 20), "whole": (7,), "few": (5, 3), "embed": (90, 32)},
     **{f"apart.{i}": (20, 30) for i in range(4)},
 }
 

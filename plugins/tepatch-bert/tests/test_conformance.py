@@ -35,15 +35,14 @@ REFUSE = [
     {"quantization_config": {"quant_method": "fp8"}},
 ]
 
-SKIP = {"mutations": "the rules are those of masked-lm"}
 
 test_bert = conformance_tests(
     "bert",
     [
         Case("masked-lm", BertConfig(**TINY), auto_class="AutoModelForMaskedLM", refuse=REFUSE, gpu=BertConfig(**GPU)),
-        Case("texts", BertConfig(**TINY), auto_class="AutoModelForSequenceClassification", skip=SKIP),
-        Case("tokens", BertConfig(**TINY, hidden_act="relu"), auto_class="AutoModelForTokenClassification", skip=SKIP),
-        Case("bare", BertConfig(**TINY), auto_class="AutoModel", skip=SKIP),
+        Case("texts", BertConfig(**TINY), auto_class="AutoModelForSequenceClassification"),
+        Case("tokens", BertConfig(**TINY, hidden_act="relu"), auto_class="AutoModelForTokenClassification"),
+        Case("bare", BertConfig(**TINY), auto_class="AutoModel"),
     ],
 )
 test_roberta = conformance_tests(
@@ -56,6 +55,6 @@ test_roberta = conformance_tests(
             refuse=REFUSE,
             gpu=RobertaConfig(**GPU),
         ),
-        Case("texts", RobertaConfig(**TINY), auto_class="AutoModelForSequenceClassification", skip=SKIP),
+        Case("texts", RobertaConfig(**TINY), auto_class="AutoModelForSequenceClassification"),
     ],
 )

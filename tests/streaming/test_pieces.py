@@ -1,0 +1,69 @@
+"""How a checkpoint is cut into pieces: none too large, none read twice, neighbours together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tepatch.mapping.bind import IDENTITY
+from tepatch.mapping.plan import Step
+from tepatch.streaming.pieces import WIDENED, Piece, Tensor, cut, item_size
+
+Make = Callable[..., Any]
+
+
+def pieces_of(sample: Any, piece_bytes: int, **more: Any) -> list[Piece]:
+    tensors = [Tensor(i.name, i.file, i.offset, i.dtype) for i in sample.checkpoint.tensors.values()]
+    cuts = cut(sample.plan, tensors, piece_bytes=piece_bytes, **more)
+    return [piece for group in cuts.filling.values() for piece in group] + list(cuts.comparing)
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 300, 4096, 1 << 20])
+def test_no_piece_is_larger_than_it_may_be_and_no_byte_is_in_two(piece_bytes: int, sample: Make) -> None:
+    made = sample()
+    pieces = pieces_of(made, piece_bytes)
+    assert max(piece.nbytes for piece in pieces) <= piece_bytes
+    for file in made.checkpoint.files:
+        spans = sorted((p.position, p.position + p.nbytes) for p in pieces if p.file == file)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert sum(p.nbytes for p in pieces) == sum(info.nbytes for info in made.checkpoint.tensors.values())
+
+
+def test_neighbours_are_read_together(sample: Make) -> None:
+    assert len(pieces_of(sample(copy=False), 1 << 20)) == 2  # as many as files
+
+
+def test_what_is_computed_in_float64_comes_in_smaller_pieces(sample: Make) -> None:
+    affine = [
+        each
+        for piece in pieces_of(sample(), 512)
+        for each in piece.placements
+        if each.step.affine != IDENTITY and each.target == "shifted"
+    ]
+    assert affine
+    assert all(each.span <= 512 // WIDENED for each in affine)
+
+
+def test_what_is_assembled_has_pieces_of_its_own(sample: Make) -> None:
+    made = sample()
+    tensors = [Tensor(i.name, i.file, i.offset, i.dtype) for i in made.checkpoint.tensors.values()]
+    cuts = cut(made.plan, tensors, piece_bytes=1 << 20, staged=frozenset({"stacked", "run"}))
+    assert set(cuts.filling) == {"", "stacked", "run"}
+    for name, group in cuts.filling.items():
+        targets = {each.target for piece in group for each in piece.placements}
+        assert targets == {name} if name else not targets & {"stacked", "run"}
+
+
+def test_parts_that_lie_within_each_other_without_a_common_cut_are_read_apart() -> None:
+    """Every second element of a tensor here, a block of it there."""
+    from tepatch.streaming.pieces import _split
+
+    every_second = Step("s", (32,), (2,), 0, (1,), 0, IDENTITY, False)
+    block = Step("s", (16,), (1,), 8, (1,), 0, IDENTITY, False)
+    parts = list(_split([("a", every_second), ("b", block)], 16))
+    covered = {name: sum(step.numel for group in parts for target, step in group if target == name) for name in "ab"}
+    assert covered == {"a": 32, "b": 16}
+    assert item_size("BF16") == 2
