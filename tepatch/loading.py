@@ -30,7 +30,7 @@ from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost
-from tepatch.report import Report, installed_versions
+from tepatch.report import Deferred, Report, installed_versions
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.shards import Cut
 from tepatch.te import BackendName, probe
@@ -101,6 +101,15 @@ def load(
     half-loaded.
     """
     request = read_precision(precision)
+    if reading is not None and not isinstance(reading, Reading):
+        raise PlanError(
+            Problem(
+                where="reading",
+                what="does not say how files are read",
+                expected="tepatch.Reading(threads=4), or None",
+                found=repr(reading),
+            )
+        )
     checkpoint = open_checkpoint(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
@@ -341,7 +350,7 @@ def _execute(
         plan=job.stock,
         spelling=job.spelling if type(job.model).__name__ in (job.model.config.architectures or ()) else {},
         is_wrapped=job.is_wrapped,
-        others=job.others(),
+        others=Deferred(job.others),
         rules=job.rules,
         layout=job.layout,
         config_folder=None

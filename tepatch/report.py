@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from tepatch.mapping.plan import Plan
 from tepatch.mapping.rules import Mapping as Rules
+
+
+class Deferred:
+    """Plans that are made when they are first asked for: most models never read a state dict in another layout."""
+
+    def __init__(self, make: Callable[[], tuple[Plan, ...]]) -> None:
+        self._make = make
+        self._made: tuple[Plan, ...] | None = None
+
+    def __call__(self) -> tuple[Plan, ...]:
+        """The plans."""
+        if self._made is None:
+            self._made = self._make()
+            del self._make  # and all that it needed
+        return self._made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (self(),)
+
+
+def _made(plans: tuple[Plan, ...]) -> Deferred:
+    return Deferred(lambda: plans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +56,7 @@ class Report:
     """The stock model's name -> the checkpoint's, where they differ and a save has the checkpoint's."""
     is_wrapped: bool = False
     """Whether the rules read the config of the language model inside the model's own."""
-    others: tuple[Plan, ...] = field(repr=False)
+    others: Deferred = field(repr=False)
     """The same for other layouts that state dicts may come in."""
     rules: Rules = field(repr=False)
     """The mapping that the plan was made by: saving makes another, for the model as it is then."""

@@ -480,3 +480,25 @@ def test_weights_beside_a_computed_buffer_are_not_initialised_again(tiny_llama: 
     compute_buffers(model, torch.device("cpu"))
     assert torch.equal(embedding.weight, before)
     assert float(model.model.layers[0].self_attn.qkv.weight.detach().std()) > 0.05
+
+
+@pytest.mark.parametrize("reading", ["fast", {"threads": 2}, 4])
+def test_what_does_not_say_how_to_read_is_refused(reading: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
+    with pytest.raises(PlanError, match=r"reading: does not say[\s\S]*tepatch\.Reading"):
+        load(save_checkpoint(tiny_llama()), reading=reading)
+
+
+def test_settings_reach_the_reader_and_the_report_tells_the_time(tiny_llama: Make, save_checkpoint: Save) -> None:
+    stock = tiny_llama()
+    model = load(save_checkpoint(stock), reading=tepatch.Reading(threads=1, piece_bytes=4096))
+    assert_loaded(model, stock)
+    seconds = model.tepatch.seconds
+    assert list(seconds) == ["build", "plan", "load", "allocate", "read", "copy", "place", "install"]
+    assert all(value >= 0 for value in seconds.values())
+    assert 0 < seconds["read"] < seconds["load"]
+
+
+def test_buffers_that_no_memory_holds_are_told(tiny_llama: Make, save_checkpoint: Save) -> None:
+    too_large = tepatch.Reading(threads=1, piece_bytes=1 << 60)
+    with pytest.raises(LoadError, match=r"out of memory[\s\S]*for a buffer"):
+        load(save_checkpoint(tiny_llama()), dtype=torch.bfloat16, reading=too_large)  # another dtype needs a buffer

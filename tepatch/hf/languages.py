@@ -163,7 +163,7 @@ def names_for(module: nn.Module, given: Set[str]) -> Names:
     if not given - names.ours - names.theirs - names.plan.sources.keys() - names.plan.targets.keys():
         return names
     report: Any = module.tepatch
-    candidates = [names, *map(names_in, report.others)]
+    candidates = [names, *map(names_in, report.others())]
     return max(candidates, key=lambda each: len(given & each.theirs))  # the first of equals
 
 

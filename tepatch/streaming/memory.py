@@ -16,11 +16,14 @@ class HostMemory:
 
     Registering memory of one's own takes a tenth of the time of ``torch.empty(pin_memory=True)``, which also keeps
     what it once had. Where the system does not let that much be pinned, the memory is ordinary: copies from it work,
-    and are slower; ``is_pinned`` says so.
+    and are slower; ``is_pinned`` says so. Raises ``MemoryError``.
     """
 
     def __init__(self, nbytes: int, *, is_pinned: bool) -> None:
-        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"the system gives no {nbytes:,} bytes for a buffer: {error}") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
