@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import tepatch
 from tepatch.errors import BackendError, LoadError, PlanError, SaveError, UnsupportedError
+from tepatch.hf.placement import Placement
 from tepatch.hf.state import patched_names
 
 Make = Callable[..., Any]
@@ -389,3 +390,11 @@ def test_the_cpu_has_no_number(tiny_llama: Make, save_checkpoint: Save) -> None:
 def test_what_is_no_device_is_named(device: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
     with pytest.raises(BackendError, match="this device can not be used"):
         load(save_checkpoint(tiny_llama()), device=device)
+
+
+def test_parameters_off_the_gpus_are_known(tmp_path: Path) -> None:
+    """Weights that are held quantized must not be among them."""
+    places = {"model.embed_tokens": 0, "model.layers.0": "cpu", "model.layers.1": 1, "model.layers.2": "disk"}
+    placement = Placement(device_map=places, main=torch.device("cpu"), folder=tmp_path)
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.fc1_weight" for i in range(3))]
+    assert placement.off_gpu(names) == [names[1], names[3]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 """Bytes. Reads past the page cache begin and end at multiples of it, in the file and in memory."""
-_SAMPLE_EVERY = 1 << 26
+_SAMPLE_EVERY = (1 << 26) + 12_345
 """Bytes of a file between two that are asked for to find out whether it is in the page cache."""
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: what one preadv takes
 
@@ -118,8 +117,10 @@ class ByteReader:
     A map of a file that somebody shortens ends the process; a read ends with an error.
     """
 
-    def __init__(self, stamp: FileStamp) -> None:
+    def __init__(self, stamp: FileStamp, *, past_cache: bool = False) -> None:
+        """With ``past_cache``, ``can_bypass`` is true where the file system has reads past the page cache."""
         self.stamp = stamp
+        self._direct: int | None = None
         try:
             self._file = os.open(stamp.path, os.O_RDONLY)
         except OSError as error:
@@ -132,14 +133,14 @@ class ByteReader:
         except BaseException:
             os.close(self._file)
             raise
-        self._direct: int | None = None
-        self._is_asked = False
-        self._lock = threading.Lock()
+        if past_cache:
+            with contextlib.suppress(OSError):  # this file system has none
+                self._direct = os.open(stamp.path, os.O_RDONLY | os.O_DIRECT)
 
     @property
     def can_bypass(self) -> bool:
-        """Whether there is a way past the page cache, and a reason to take it: the cache does not hold the file."""
-        return self._opened_direct() is not None
+        """Whether ``read_past_cache`` goes past the page cache."""
+        return self._direct is not None
 
     def read_past_cache(self, buffer: memoryview, position: int, nbytes: int) -> int:
         """``read_into`` for ``nbytes``, but past the page cache where that ``can_bypass``.
@@ -147,7 +148,7 @@ class ByteReader:
         ``buffer`` begins at a multiple of ``BLOCK`` and has room for two more of them than the bytes need. Returns
         where in it the bytes begin. File systems that know no such reads are read as ever.
         """
-        start, direct = position // BLOCK * BLOCK, self._opened_direct()
+        start, direct = position // BLOCK * BLOCK, self._direct
         end, done = position + nbytes - start, 0
         while direct is not None and done < end:
             try:
@@ -161,16 +162,6 @@ class ByteReader:
             self.read_into(buffer[:nbytes], position)
             return 0
         return position - start
-
-    def _opened_direct(self) -> int | None:
-        """A descriptor for reading past the page cache; None where that is not possible, or not needed."""
-        with self._lock:
-            if not self._is_asked:
-                self._is_asked = True
-                if not is_cached(self._file, self.stamp.size):
-                    with contextlib.suppress(OSError):  # this file system has none
-                        self._direct = os.open(self.stamp.path, os.O_RDONLY | os.O_DIRECT)
-            return self._direct
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill ``buffer`` with the bytes from ``position`` of the file. Threads may share the reader.
@@ -211,16 +202,23 @@ class ByteReader:
             os.close(self._direct)
 
 
-def is_cached(file: int, size: int) -> bool:
-    """Whether the page cache holds an open file, as far as some bytes of it tell; False where the system does not say.
+def is_cached(stamp: FileStamp) -> bool:
+    """Whether the page cache holds a file, as far as some bytes of it tell; False where the system does not say.
 
-    Asking for what it does not hold has the system read a little of it.
+    Asking for what it does not hold has the system read that page: ask once. A file that can not be opened is not
+    cached; whoever reads it says why.
     """
     try:
-        for position in (*range(_SAMPLE_EVERY // 2, size, _SAMPLE_EVERY), size - 1):
+        file = os.open(stamp.path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        for position in (*range(_SAMPLE_EVERY // 2, stamp.size, _SAMPLE_EVERY), stamp.size - 1):
             os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT)
     except OSError:  # it would have to wait, or there is no such question on this file system
         return False
+    finally:
+        os.close(file)
     return True
 
 

@@ -38,7 +38,7 @@ class Reading:
     of 8 MiB loaded 12.6 GiB in 0.35, 0.46 and 0.49 s."""
     cache: str = "use"
     """``use`` fills the system's page cache, so that the next load finds the files there. ``bypass`` reads past it what
-    it does not hold: quicker where the disk is fast and the model is loaded once, or larger than memory."""
+    it does not hold, and leaves it so: for a model that is larger than memory. Whether it is quicker, measure."""
 
     def __post_init__(self) -> None:
         for name, known in (("source", SOURCES), ("cache", CACHES)):

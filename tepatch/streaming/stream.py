@@ -9,7 +9,6 @@ put in its place there. For a parameter on the CPU, runs are read straight into 
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -101,7 +100,9 @@ class Stream:
         bar: ProgressBar,
     ) -> None:
         self.plan = plan
-        self.reading = reading.settled(is_cached=self._is_cached(checkpoint))
+        stamps = {file: stamp for file in checkpoint.files if (stamp := checkpoint.stamp(file)) is not None}
+        self._is_cached = {file: is_cached(stamp) for file, stamp in stamps.items()}
+        self.reading = reading.settled(is_cached=all(self._is_cached.values()))
         self.device = device
         self.doubts = Doubts()
         self.bar = bar
@@ -173,20 +174,6 @@ class Stream:
         if work.failed:
             raise work.failed[0]
 
-    @staticmethod
-    def _is_cached(checkpoint: Checkpoint) -> bool:
-        for stamp in filter(None, map(checkpoint.stamp, checkpoint.files)):
-            try:
-                file = os.open(stamp.path, os.O_RDONLY)
-            except OSError:
-                return False  # whoever reads it says why
-            try:
-                if not is_cached(file, stamp.size):
-                    return False
-            finally:
-                os.close(file)
-        return True
-
     def verify(self) -> None:
         """Raise ``CheckpointError`` if a file that was read has changed since its header was."""
         for reader in self._readers.values():
@@ -198,7 +185,8 @@ class Stream:
             if (reader := self._readers.get(file)) is None:
                 stamp = self._checkpoint.stamp(file)
                 assert stamp is not None
-                opened = ByteReader(stamp)
+                past_cache = self.reading.cache == "bypass" and not self._is_cached[file]
+                opened = ByteReader(stamp, past_cache=past_cache)
                 self._open.callback(opened.close)
                 reader = self._readers[file] = opened
             return reader
@@ -294,14 +282,13 @@ class _Work:
                 total.add(spent)
 
     def _reader(self, spent: Spent) -> None:
-        may_bypass = self.stream.reading.cache == "bypass"
         while (order := self.orders.get()) is not None:
             if self.failed:
                 continue
             piece, group = order.piece, order.group
             file = self.stream.reader(piece.file)
             started = time.perf_counter()
-            is_past_cache = may_bypass and _stays_aligned(piece) and file.can_bypass
+            is_past_cache = file.can_bypass and _stays_aligned(piece)
             if not is_past_cache and (parts := scattered(piece, order.targets)) is not None:
                 file.scatter([tensor_bytes(part) for part in parts], piece.position)
                 spent.read += time.perf_counter() - started

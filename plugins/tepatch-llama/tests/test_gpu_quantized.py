@@ -202,3 +202,9 @@ def test_weights_can_not_be_quantized_without_a_precision(folder: Path) -> None:
         tepatch.load("llama", folder, precision="fp8-current", keep_initial=True)
     with pytest.raises(PlanError, match=r"plain or quantized"):
         tepatch.load("llama", folder, weights="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("beside", [{"device_map": {"": "cpu"}}, {"parallelize": lambda model: None}])
+def test_quantized_weights_are_on_gpus_and_whole(beside: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(PlanError, match=r"not placed on a GPU|together with parallelize"):
+        tepatch.load("llama", folder, precision="fp8-current", weights="quantized", **beside)
