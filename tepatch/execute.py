@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from math import prod
 
 import torch
@@ -33,7 +32,7 @@ from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.plan import Plan, Step
 from tepatch.progress import ProgressBar
 from tepatch.streaming.libraries import read_tensors
-from tepatch.streaming.pieces import Piece, Tensor, cut, item_size
+from tepatch.streaming.pieces import Piece, Tensor, cut, cut_apart, cut_compared, item_size
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.shards import Cut, clip, shard_shape
 from tepatch.streaming.stream import Stream
@@ -75,16 +74,18 @@ def load_tensors(
     to: Destination,
     reading: Reading | None = None,
     progress: bool | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Timing]:
     """Read a checkpoint into new tensors, one for each parameter of the plan that is not tied.
 
     Shapes and dtypes are those of ``plan.targets``, or of the shard that is wanted. Memory: the tensors themselves,
     and what ``reading`` says; for a file that can not be read by its bytes, one source tensor. ``progress`` shows a bar
-    on stderr (default: when that is a terminal). Raises ``LoadError`` when memory runs out or a dtype can not hold a
-    value, and ``CheckpointError`` when a file can not be read or a redundant copy differs.
+    on stderr (default: when that is a terminal). ``meanwhile`` is called once, while files are being read. Raises
+    ``LoadError`` when memory runs out or a dtype can not hold a value, and ``CheckpointError`` when a file can not be
+    read or a redundant copy differs.
     """
     started = time.perf_counter()
-    load = _Load(plan, checkpoint, to, reading or Reading())
+    load = _Load(plan, checkpoint, to, reading or Reading(), meanwhile)
     try:
         with ProgressBar(plan.source_bytes, progress, "loading") as bar:
             load.run(bar)
@@ -111,11 +112,19 @@ def load_tensors(
 class _Load:
     """One load under way."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, to: Destination, reading: Reading) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        to: Destination,
+        reading: Reading,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
         self.to = to
         self.reading = reading
+        self.meanwhile = meanwhile
         self.out: dict[str, torch.Tensor] = {}
         self.bytes_read = 0
         self.stages: dict[str, float] = {}
@@ -129,18 +138,18 @@ class _Load:
         later = {copy.target for copy in self.plan.copies if copy.source in by_name}
         later |= {entry.note for entry in self.plan.sources.values() if entry.state == "redundant"}
         staged = frozenset(self.to.seals.keys() - later)
-        comparing: list[Piece] = []
+        comparing = cut_compared(self.plan, streamed, piece_bytes=self.reading.piece_bytes, clip=self._clip)
         with Stream(
             self.plan, self.checkpoint, self.reading, device=self.to.device, allocate=self._allocated, bar=bar
         ) as stream:
             try:
-                groups = self._groups(streamed, staged, comparing)
-                stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged})
+                groups = self._groups(streamed, staged)
+                stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged}, self.meanwhile)
                 self._read_named(named, bar)
                 for name in self.plan.writes:
                     self._allocated(name)  # what is made of constants only, or empty
                 if comparing:
-                    stream.run([("", comparing)])
+                    stream.run({"": comparing})
                 self._compare_named(named, bar)
                 for name in self.to.seals.keys() - staged:
                     self._seal(name, self.out[name])
@@ -158,18 +167,12 @@ class _Load:
         if stream.unpinned:
             self.notes.append("the system let no memory be pinned (ulimit -l), which makes copies to a GPU slower")
 
-    def _groups(
-        self, streamed: Sequence[Tensor], staged: frozenset[str], comparing: list[Piece]
-    ) -> Iterator[tuple[str, Iterable[Piece]]]:
-        """What fills the parameters, in the groups of ``Stream.run``; copies to be compared are added to ``comparing``.
-
-        Where nothing is assembled, one file after the other is cut: the first is being read before the last is.
-        """
-        files = [tuple(tensors) for _, tensors in groupby(streamed, key=lambda tensor: tensor.file)]
-        for tensors in [tuple(streamed)] if staged else files:
-            cuts = cut(self.plan, tensors, piece_bytes=self.reading.piece_bytes, clip=self._clip, staged=staged)
-            comparing += cuts.comparing
-            yield from cuts.filling.items()
+    def _groups(self, streamed: Sequence[Tensor], staged: frozenset[str]) -> Mapping[str, Iterable[Piece]]:
+        """What fills the parameters, in the groups of ``Stream.run``."""
+        piece_bytes = self.reading.piece_bytes
+        if not staged:
+            return {"": cut(self.plan, streamed, piece_bytes=piece_bytes, clip=self._clip)}
+        return cut_apart(self.plan, streamed, piece_bytes=piece_bytes, clip=self._clip, apart=staged)
 
     def _ways(self) -> tuple[list[Tensor], list[TensorInfo]]:
         """What is read by its bytes, and what by its name."""

@@ -332,7 +332,18 @@ def _execute(
         shards=shards,
         seals={name: partial(quantized.seal, name) for name in quantized.names} if quantized is not None else {},
     )
-    tensors, timing = load_tensors(job.reading, job.checkpoint, to=to, reading=reading, progress=progress)
+
+    def complete() -> None:
+        """What needs no numbers: there is time for it while they are read."""
+        add_hooks(job.model)
+        attach(job.model)
+        install_projections(job.model, job.stock)
+        if is_te:
+            launch_where_weights_are(job.model)
+
+    tensors, timing = load_tensors(
+        job.reading, job.checkpoint, to=to, reading=reading, progress=progress, meanwhile=complete
+    )
     started = time.perf_counter()
     install(job.model, job.reading, tensors, target)
     if quantized is not None:
@@ -361,11 +372,6 @@ def _execute(
         notes=(*timing.notes, *([] if quantized is None else [f"{quantized}; saving writes what they dequantize to"])),
         versions=installed_versions(),
     )
-    add_hooks(job.model)
-    attach(job.model)
-    install_projections(job.model, job.stock)
-    if is_te:
-        launch_where_weights_are(job.model)
     if placement is not None:
         placement.dispatch(job.model)
     return job.model

@@ -22,6 +22,8 @@ BLOCK = 4096
 """Bytes. Reads past the page cache begin and end at multiples of it, in the file and in memory."""
 _SAMPLE_EVERY = (1 << 26) + 12_345
 """Bytes of a file between two that are asked for to find out whether it is in the page cache."""
+_ADVISED = 512 << 10
+"""Bytes. Linux takes no longer advice than a device's largest request, or than it reads ahead anyway."""
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: what one preadv takes
 
 
@@ -162,6 +164,13 @@ class ByteReader:
             self.read_into(buffer[:nbytes], position)
             return 0
         return position - start
+
+    def expect(self, position: int, nbytes: int) -> None:
+        """Have the system bring these bytes into the page cache, and wait for nothing."""
+        with contextlib.suppress(OSError):  # this file system takes no advice
+            for start in range(position, position + nbytes, _ADVISED):
+                wanted = min(_ADVISED, position + nbytes - start)
+                os.posix_fadvise(self._file, start, wanted, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill ``buffer`` with the bytes from ``position`` of the file. Threads may share the reader.

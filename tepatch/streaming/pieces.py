@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from tepatch.mapping.bind import IDENTITY
-from tepatch.mapping.plan import ITEM_SIZE, Copy, Plan, Step
+from tepatch.mapping.plan import ITEM_SIZE, Plan, Step
 
 WIDENED = 8
 """Values that are scaled are so in float64, in memory of its own: such pieces are smaller by this."""
@@ -58,50 +58,54 @@ class Piece(NamedTuple):
     placements: tuple[Placement, ...]
 
 
-class Cuts(NamedTuple):
-    """What is read of a checkpoint."""
-
-    filling: dict[str, tuple[Piece, ...]]
-    """By the parameter that is assembled; under "" all that goes to its place at once."""
-    comparing: tuple[Piece, ...]
-    """Redundant copies, to be compared with parameters that are filled by then."""
-
-
 Clip = Callable[[str, Step], Iterable[Step]]
 """From a parameter's name and a step into it to the steps into the part of it that is wanted."""
 
 
-def cut(
-    plan: Plan,
-    tensors: Iterable[Tensor],
-    *,
-    piece_bytes: int,
-    clip: Clip | None = None,
-    staged: frozenset[str] = frozenset(),
-) -> Cuts:
-    """All that is read of ``tensors``, each part of a file once, in the order of the bytes.
+def cut(plan: Plan, tensors: Iterable[Tensor], *, piece_bytes: int, clip: Clip | None = None) -> Iterator[Piece]:
+    """What is read of ``tensors`` to fill parameters, each part of a file once.
 
-    Parameters in ``staged`` come one after the other, each in a group of its own, because each is whole only with all
-    of its parts; the group of all others is called "". What lies between the parts of a tensor is read again where
-    parts that lie within each other have no cut in common.
+    Pieces come in the order of ``tensors``, which is that of the files and of the bytes in them; what comes later is
+    cut when it is asked for. What lies between the parts of a tensor is read again where parts that lie within each
+    other have no cut in common.
     """
-    by_source: dict[str, list[Copy]] = {}
-    for copy in plan.copies:
-        by_source.setdefault(copy.source, []).append(copy)
+    by_source = _by_source(plan)
+    for _, in_file in groupby(tensors, key=lambda tensor: tensor.file):
+        pieces = (
+            piece
+            for tensor in in_file
+            for piece in sorted(_cut_tensor(tensor, by_source.get(tensor.name, ()), piece_bytes, clip), key=_place)
+        )
+        yield from _gathered(pieces, piece_bytes)
+
+
+def cut_apart(
+    plan: Plan, tensors: Iterable[Tensor], *, piece_bytes: int, clip: Clip | None = None, apart: frozenset[str]
+) -> dict[str, Iterable[Piece]]:
+    """The same, but by the parameter that is assembled, for those in ``apart``; under "" are all others.
+
+    Such a parameter is whole only with all of its parts, so each comes by itself, one after the other.
+    """
+    by_source = _by_source(plan)
     filling: dict[str, list[Piece]] = {}
-    comparing: list[Piece] = []
+    for tensor in tensors:
+        for piece in _cut_tensor(tensor, by_source.get(tensor.name, ()), piece_bytes, clip):
+            for target, kept in _by_group(piece.placements, apart).items():
+                filling.setdefault(target, []).append(piece._replace(placements=tuple(kept)))
+    return {name: _in_order(pieces, piece_bytes) for name, pieces in filling.items()}
+
+
+def cut_compared(
+    plan: Plan, tensors: Iterable[Tensor], *, piece_bytes: int, clip: Clip | None = None
+) -> Iterable[Piece]:
+    """What is read of the redundant ones of ``tensors``, to be compared with parameters that are filled by then."""
+    pieces: list[Piece] = []
     for tensor in tensors:
         entry = plan.sources[tensor.name]
         if entry.state == "redundant":
             whole = Step(tensor.name, (prod(entry.shape),), (1,), 0, (1,), 0, IDENTITY, False)
-            comparing += _cut_tensor(tensor, [(entry.note, whole)], piece_bytes, clip, is_compared=True)
-            continue
-        copies = [(copy.target, copy.step()) for copy in by_source.get(tensor.name, ())]
-        for piece in _cut_tensor(tensor, copies, piece_bytes, clip):
-            for target, kept in _by_group(piece.placements, staged).items():
-                filling.setdefault(target, []).append(piece._replace(placements=tuple(kept)))
-    groups = {name: tuple(_gathered(group, piece_bytes)) for name, group in filling.items()}
-    return Cuts(groups, tuple(_gathered(comparing, piece_bytes)))
+            pieces += _cut_tensor(tensor, [(entry.note, whole)], piece_bytes, clip, is_compared=True)
+    return _in_order(pieces, piece_bytes)
 
 
 def item_size(dtype: str) -> int:
@@ -109,10 +113,20 @@ def item_size(dtype: str) -> int:
     return ITEM_SIZE.get(dtype, 1)
 
 
-def _by_group(placements: Iterable[Placement], staged: frozenset[str]) -> dict[str, list[Placement]]:
+Parts = list[tuple[str, Step]]
+
+
+def _by_source(plan: Plan) -> dict[str, Parts]:
+    out: dict[str, Parts] = {}
+    for copy in plan.copies:
+        out.setdefault(copy.source, []).append((copy.target, copy.step()))
+    return out
+
+
+def _by_group(placements: Iterable[Placement], apart: frozenset[str]) -> dict[str, list[Placement]]:
     out: dict[str, list[Placement]] = {}
     for each in placements:
-        out.setdefault(each.target if each.target in staged else "", []).append(each)
+        out.setdefault(each.target if each.target in apart else "", []).append(each)
     return out
 
 
@@ -146,9 +160,6 @@ def _cut_tensor(
                 for target, step in parts
             )
             yield Piece(tensor.file, tensor.position + first * size, (end - first) * size, placements)
-
-
-Parts = list[tuple[str, Step]]
 
 
 def _overlapping(copies: Sequence[tuple[str, Step]]) -> Iterator[Parts]:
@@ -245,17 +256,26 @@ def _span(step: Step) -> int:
     return 1 + sum((n - 1) * stride for n, stride in zip(step.sizes, step.read_strides, strict=True))
 
 
+def _place(piece: Piece) -> tuple[str, int, int]:
+    return piece.file, piece.position, piece.nbytes
+
+
+def _in_order(pieces: Iterable[Piece], piece_bytes: int) -> tuple[Piece, ...]:
+    """Pieces in the order of the files, those that are small together as one."""
+    of_files = groupby(sorted(pieces, key=_place), key=lambda piece: piece.file)
+    return tuple(each for _, in_file in of_files for each in _gathered(in_file, piece_bytes))
+
+
 def _gathered(pieces: Iterable[Piece], piece_bytes: int) -> Iterator[Piece]:
-    """Pieces in the order of the files; those that follow each other and are small together are read as one."""
-    for _, in_file in groupby(sorted(pieces, key=lambda piece: piece[:3]), key=lambda piece: piece.file):
-        last: Piece | None = None
-        for piece in in_file:
-            joined = None if last is None else _joined(last, piece, piece_bytes)
-            if last is not None and joined is None:
-                yield last
-            last = joined or piece
-        if last is not None:
+    """Pieces of one file; those that follow each other and are small together are read as one."""
+    last: Piece | None = None
+    for piece in pieces:
+        joined = None if last is None else _joined(last, piece, piece_bytes)
+        if last is not None and joined is None:
             yield last
+        last = joined or piece
+    if last is not None:
+        yield last
 
 
 def _joined(one: Piece, other: Piece, piece_bytes: int) -> Piece | None:

@@ -22,9 +22,14 @@ class Target:
     """When its memory may be written to: others may have used it until then."""
     flat: torch.Tensor = field(init=False)
     """Its bytes, in order."""
+    device: torch.device = field(init=False)
+    is_cuda: bool = field(init=False)
+    dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
+        # Each is asked for with every piece, and torch makes it anew every time.
         self.flat = self.tensor.as_strided((self.tensor.numel(),), (1,)).view(torch.uint8)
+        self.device, self.is_cuda, self.dtype = self.tensor.device, self.tensor.is_cuda, self.tensor.dtype
 
 
 class Doubts:
@@ -46,14 +51,14 @@ class Doubts:
         return [self._flags[i][0] for i in flags.nonzero().flatten().tolist()]
 
 
-def is_run(placement: Placement, tensor: torch.Tensor) -> bool:
-    """Whether the bytes go to ``tensor`` as they are, one after the other."""
-    return not placement.is_compared and placement.step.is_run and torch_dtype(placement.dtype) == tensor.dtype
+def is_run(placement: Placement, target: Target) -> bool:
+    """Whether the bytes go to the parameter as they are, one after the other."""
+    return not placement.is_compared and placement.step.is_run and torch_dtype(placement.dtype) == target.dtype
 
 
 def bytes_in(placement: Placement, target: Target) -> torch.Tensor:
     """The bytes of a parameter that a run goes to."""
-    start = placement.step.write_offset * target.tensor.element_size()
+    start = placement.step.write_offset * target.dtype.itemsize
     return target.flat[start : start + placement.span]
 
 
@@ -62,7 +67,7 @@ def scattered(piece: Piece, targets: Mapping[str, Target]) -> Sequence[torch.Ten
     out, at = [], 0
     for placement in piece.placements:
         target = targets[placement.target]
-        if target.tensor.is_cuda or placement.start != at or not is_run(placement, target.tensor):
+        if target.is_cuda or placement.start != at or not is_run(placement, target):
             return None
         out.append(bytes_in(placement, target))
         at += placement.span

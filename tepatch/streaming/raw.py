@@ -85,7 +85,7 @@ def stream_bytes(checkpoint: Checkpoint, reading: Reading, *, device: torch.devi
         ProgressBar(total, False, "") as bar,
         Stream(plan, checkpoint, reading, device=device, allocate=lambda _: out, bar=bar) as stream,
     ):
-        stream.run([("", _pieces(files, reading.piece_bytes))])
+        stream.run({"": _pieces(files, reading.piece_bytes)})
         stream.verify()
     return out, Measured(nbytes=total, seconds=time.perf_counter() - started)
 

@@ -5,6 +5,9 @@ nothing but read, each into a buffer of a common ring: they would wait for each 
 GPU the ring is pinned, and one thread, the mover, has the device copy from it while the readers go on. What is a run of
 bytes goes straight into its parameter; what is not (another dtype, another order) is brought to the device as it is and
 put in its place there. For a parameter on the CPU, runs are read straight into it, and readers put the rest in place.
+
+Of files that the page cache does not hold, one thread tells the system what will be read next. A disk gives what it can
+only when it is asked for much at once, and readers alone ask for little: each waits for its own piece.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ Allocate = Callable[[str], torch.Tensor]
 """From a parameter's name to memory for it, or for this process's shard of it."""
 Seal = Callable[[str, torch.Tensor], None]
 """Takes a parameter that is assembled, whole."""
+
+
+AHEAD_BYTES = 512 << 20
+"""Of pieces that no reader has begun with, asked of the disk. Half of it was enough for one of 2 GB/s."""
 
 
 def new_event() -> torch.cuda.Event:
@@ -133,15 +140,17 @@ class Stream:
 
     def run(
         self,
-        groups: Iterable[tuple[str, Iterable[Piece]]],
+        groups: Mapping[str, Iterable[Piece]],
         seal: Seal | None = None,
         sizes: Mapping[str, int] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Read all pieces and return when all is in its place.
 
-        ``groups`` are names and pieces. One with a name is one parameter, which is given to ``seal`` once it is whole.
-        ``sizes`` has its bytes: as many are in memory at once as take no more than two of the largest would. Raises
-        ``CheckpointError`` or ``LoadError``; what allocating raises goes through.
+        ``groups`` are pieces by names. One with a name is one parameter, which is given to ``seal`` once it is whole.
+        ``sizes`` has its bytes: as many are in memory at once as take no more than two of the largest would.
+        ``meanwhile`` is called when all that is left is to wait. Raises ``CheckpointError`` or ``LoadError``; what
+        allocating or ``meanwhile`` raises goes through.
         """
         work = _Work(self)
         work.start()
@@ -149,12 +158,14 @@ class Stream:
         most = 2 * max(sizes.values(), default=0)
         staged: dict[str, int] = {}
         try:
-            for name, pieces in groups:
-                listed = list(pieces)
-                group = _Group(name, len(listed)) if name else None
+            for name, pieces in groups.items():
+                group = None
+                if name:
+                    pieces = tuple(pieces)
+                    group = _Group(name, len(pieces))
                 while group is not None and staged and sum(staged.values()) + sizes[name] > most and not work.failed:
                     staged.pop(self._sealed(work, seal), None)
-                for piece in listed:
+                for piece in pieces:
                     if work.failed:
                         break
                     work.orders.put(_Order(piece, {p.target: self._target(p.target) for p in piece.placements}, group))
@@ -162,6 +173,8 @@ class Stream:
                     staged[name] = sizes[name]
                 if work.failed:
                     break
+            if meanwhile is not None and not work.failed:
+                meanwhile()
             while staged and not work.failed:
                 staged.pop(self._sealed(work, seal), None)
         except BaseException as error:
@@ -169,7 +182,7 @@ class Stream:
             raise
         finally:
             work.finish()
-            for used in {target.tensor.device for target in self._targets.values() if target.tensor.is_cuda}:
+            for used in {target.device for target in self._targets.values() if target.is_cuda}:
                 torch.cuda.synchronize(used)
         if work.failed:
             raise work.failed[0]
@@ -178,6 +191,15 @@ class Stream:
         """Raise ``CheckpointError`` if a file that was read has changed since its header was."""
         for reader in self._readers.values():
             reader.stamp.verify()
+
+    def is_asked_ahead(self, file: str) -> bool:
+        """Whether the system is told what will be read of a file."""
+        return self.reading.cache == "use" and not self._is_cached[file]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it is of any file."""
+        return any(map(self.is_asked_ahead, self._is_cached))
 
     def reader(self, file: str) -> ByteReader:
         """The open file."""
@@ -220,8 +242,8 @@ class _Buffer:
     """One buffer of the ring."""
 
     memory: HostMemory
-    events: list[torch.cuda.Event] = field(default_factory=list)
-    """When nothing is copied from it any more."""
+    events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+    """When a device copies from it no more."""
 
 
 class _Work:
@@ -230,32 +252,37 @@ class _Work:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._to_read = queue.SimpleQueue() if stream.looks_ahead else self.orders
+        """The same, once the disk has been asked for them."""
         self.whole: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self.failed: list[BaseException] = []
         reading = stream.reading
         self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[tuple[_Order, _Buffer, torch.Tensor] | None] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[_Order, _Buffer, int] | None] = queue.SimpleQueue()
+        """What is in a buffer, and from which of its bytes on."""
         self._ring: list[_Buffer] = []
-        self._num_made = 0
+        self._has_all = False
+        """Whether all is read, so that no more buffers are needed."""
         self._lock = threading.Lock()
-        self._readers = [
-            threading.Thread(
-                target=self._guarded, args=(self._reader, stream.spent), name=f"tepatch-read-{i}", daemon=True
-            )
-            for i in range(reading.num_threads)
-        ]
-        self._mover = threading.Thread(
-            target=self._guarded, args=(self._move, stream.moving), name="tepatch-read-mover", daemon=True
-        )
+        self._readers = [self._thread(self._reader, stream.spent, f"{i}") for i in range(reading.num_threads)]
+        self._mover = self._thread(self._move, stream.moving, "mover")
+        self._others = [self._thread(self._make_ring, Spent(), "ring")]
+        self._may_ask = threading.Semaphore(max(1, AHEAD_BYTES // reading.piece_bytes))
+        if stream.looks_ahead:
+            self._others.append(self._thread(self._look_ahead, Spent(), "ahead"))
+
+    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> threading.Thread:
+        return threading.Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
 
     def start(self) -> None:
-        for thread in (*self._readers, self._mover):
+        for thread in (*self._readers, self._mover, *self._others):
             thread.start()
 
     def fail(self, error: BaseException) -> None:
         """Have everyone stop, and wait for nothing that will not come."""
         self.failed.append(error)
         self.whole.put(None)
+        self._may_ask.release()
         for _ in self._readers:
             self._free.put(None)
 
@@ -264,6 +291,9 @@ class _Work:
         for _ in self._readers:
             self.orders.put(None)
         for thread in self._readers:
+            thread.join()
+        self._has_all = True
+        for thread in self._others:
             thread.join()
         self._read.put(None)
         self._mover.join()
@@ -282,7 +312,8 @@ class _Work:
                 total.add(spent)
 
     def _reader(self, spent: Spent) -> None:
-        while (order := self.orders.get()) is not None:
+        while (order := self._to_read.get()) is not None:
+            self._may_ask.release()
             if self.failed:
                 continue
             piece, group = order.piece, order.group
@@ -295,7 +326,7 @@ class _Work:
                 del order, parts  # from now on this must keep no parameter alive
                 self._done(piece, group)
                 continue
-            if (buffer := self._buffer()) is None:
+            if (buffer := self._free.get()) is None:  # something has failed meanwhile
                 continue
             got = time.perf_counter()
             start = 0
@@ -306,11 +337,11 @@ class _Work:
             read = time.perf_counter()
             spent.copy += got - started
             spent.read += read - got
-            held = buffer.memory.bytes[start : start + piece.nbytes]
-            if any(target.tensor.is_cuda for target in order.targets.values()):
-                self._read.put((order, buffer, held))
+            if any(target.is_cuda for target in order.targets.values()):
+                self._read.put((order, buffer, start))
                 del order
             else:
+                held = buffer.memory.bytes[start : start + piece.nbytes]
                 for each in piece.placements:
                     place(self.stream.plan, each, held, order.targets[each.target], self.stream.doubts)
                 spent.place += time.perf_counter() - read
@@ -318,44 +349,59 @@ class _Work:
                 del order
                 self._done(piece, group)
 
-    def _buffer(self) -> _Buffer | None:
-        """A buffer that is free; None if something has failed meanwhile."""
+    def _look_ahead(self, spent: Spent) -> None:
+        """Hand on what is ordered, and ask for it before."""
+        try:
+            while (order := self.orders.get()) is not None:
+                piece = order.piece
+                if not self.failed and self.stream.is_asked_ahead(piece.file):
+                    self._may_ask.acquire()  # a failure gives one back, for who waits here then
+                    self.stream.reader(piece.file).expect(piece.position, piece.nbytes)
+                self._to_read.put(order)
+                del order  # this must keep no parameter alive
+        finally:
+            for _ in self._readers:
+                self._to_read.put(None)
+
+    def _make_ring(self, spent: Spent) -> None:
+        """Make one buffer after the other: a driver pins memory for one thread at a time."""
         reading = self.stream.reading
-        with self._lock:
-            is_new = self._free.empty() and self._num_made < reading.num_buffers
-            self._num_made += is_new
-        if not is_new:
-            return self._free.get()
+        nbytes = (-(-reading.piece_bytes // BLOCK) + 2) * BLOCK
         is_cuda = self.stream.device.type == "cuda"
-        buffer = _Buffer(HostMemory((-(-reading.piece_bytes // BLOCK) + 2) * BLOCK, is_pinned=is_cuda))
-        with self._lock:
+        for _ in range(reading.num_buffers):
+            if self._has_all or self.failed:
+                return
+            buffer = _Buffer(HostMemory(nbytes, is_pinned=is_cuda))
             self._ring.append(buffer)
             self.stream.unpinned += is_cuda and not buffer.memory.is_pinned
-        return buffer
+            self._free.put(buffer)
 
     def _move(self, spent: Spent) -> None:
         """Have GPUs copy what the readers have read."""
         on_way: deque[_Buffer] = deque()
         mover = _Mover(self.stream)
         try:
-            while (read := self._read.get()) is not None:
+            while True:
+                if on_way and self._read.empty():  # some reader may be waiting
+                    for event in on_way[0].events.values():
+                        event.synchronize()
+                    self._free.put(on_way.popleft())
+                    continue
+                if (read := self._read.get()) is None:
+                    return
                 if self.failed:
                     continue
-                order, buffer, held = read
+                order, buffer, start = read
                 piece, group = order.piece, order.group
                 started = time.perf_counter()
-                buffer.events = mover.move(order, held)
+                mover.move(order, buffer, start)
                 if group is not None:
                     group.event = mover.mark(order)
                 on_way.append(buffer)
                 spent.place += time.perf_counter() - started
-                del read, order, buffer, held
+                del read, order, buffer
                 self._done(piece, group)
-                while on_way and all(map(_has_passed, on_way[0].events)):
-                    self._free.put(on_way.popleft())
-                if on_way and self._free.empty():  # some reader may be waiting
-                    for event in on_way[0].events:
-                        event.synchronize()
+                while on_way and all(map(_has_passed, on_way[0].events.values())):
                     self._free.put(on_way.popleft())
         finally:
             mover.close()
@@ -381,47 +427,45 @@ class _Mover:
         self._held: dict[torch.device, torch.Tensor] = {}
         self._current: torch.cuda.Stream | None = None
 
-    def move(self, order: _Order, host: torch.Tensor) -> list[torch.cuda.Event]:
-        """Send a piece, whose bytes are ``host``, to its place. Returns what tells when nothing is copied from it."""
-        events = []
-        for device in dict.fromkeys(target.tensor.device for target in order.targets.values()):
-            mine = [(p, order.targets[p.target]) for p in order.piece.placements]
-            mine = [(p, target) for p, target in mine if target.tensor.device == device]
-            if device.type != "cuda":
-                for each, target in mine:
-                    place(self._of.plan, each, host, target, self._of.doubts)
-                continue
-            stream = self._enter(device)
+    def move(self, order: _Order, buffer: _Buffer, start: int) -> None:
+        """Send a piece, which is in ``buffer`` from its byte ``start`` on, to its place; its events tell of the end."""
+        host = buffer.memory.bytes
+        for device in dict.fromkeys(target.device for target in order.targets.values()):
+            stream = None if device.type != "cuda" else self._enter(device)
             held: torch.Tensor | None = None
-            for each, target in mine:
-                if target.is_ready is not None:
+            for each in order.piece.placements:
+                target = order.targets[each.target]
+                if target.device != device:
+                    continue
+                if stream is not None and target.is_ready is not None:
                     stream.wait_event(target.is_ready)
-                if is_run(each, target.tensor):
-                    run = host[each.start : each.start + each.span]
-                    bytes_in(each, target).copy_(run, non_blocking=True)
+                    target.is_ready = None  # what comes later comes after it on this stream
+                if stream is not None and is_run(each, target):
+                    first = start + each.start
+                    bytes_in(each, target).copy_(host[first : first + each.span], non_blocking=True)
                     continue
                 if held is None:
-                    held = self._on(device)[: order.piece.nbytes]
-                    held.copy_(host, non_blocking=True)
+                    held = host[start : start + order.piece.nbytes]
+                    if stream is not None:
+                        held = self._on(device)[: order.piece.nbytes].copy_(held, non_blocking=True)
                 place(self._of.plan, each, held, target, self._of.doubts)
-            events.append(self._recorded(stream))
-        return events
+            if stream is not None:
+                if (event := buffer.events.get(device)) is None:
+                    event = buffer.events[device] = new_event()
+                event.record(stream)
 
     def mark(self, order: _Order) -> torch.cuda.Event:
         """What tells that all that has been sent to the device of ``order``'s parameter so far has arrived."""
-        (device,) = {target.tensor.device for target in order.targets.values()}
-        return self._recorded(self._enter(device))
+        (device,) = {target.device for target in order.targets.values()}
+        event = new_event()
+        event.record(self._enter(device))
+        return event
 
     def close(self) -> None:
         """Wait for what is on its way, and give everything back."""
         for stream in self._streams.values():
             stream.synchronize()
         self._held.clear()
-
-    def _recorded(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = new_event()
-        event.record(stream)
-        return event
 
     def _enter(self, device: torch.device) -> torch.cuda.Stream:
         """The stream for a device, made this thread's current one."""

@@ -10,15 +10,15 @@ import pytest
 
 from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.plan import Step
-from tepatch.streaming.pieces import WIDENED, Piece, Tensor, cut, item_size
+from tepatch.streaming.pieces import WIDENED, Piece, Tensor, cut, cut_apart, cut_compared, item_size
 
 Make = Callable[..., Any]
 
 
 def pieces_of(sample: Any, piece_bytes: int, **more: Any) -> list[Piece]:
     tensors = [Tensor(i.name, i.file, i.offset, i.dtype) for i in sample.checkpoint.tensors.values()]
-    cuts = cut(sample.plan, tensors, piece_bytes=piece_bytes, **more)
-    return [piece for group in cuts.filling.values() for piece in group] + list(cuts.comparing)
+    filling = cut(sample.plan, tensors, piece_bytes=piece_bytes, **more)
+    return [*filling, *cut_compared(sample.plan, tensors, piece_bytes=piece_bytes, **more)]
 
 
 @pytest.mark.parametrize("piece_bytes", [64, 300, 4096, 1 << 20])
@@ -30,6 +30,27 @@ def test_no_piece_is_larger_than_it_may_be_and_no_byte_is_in_two(piece_bytes: in
         spans = sorted((p.position, p.position + p.nbytes) for p in pieces if p.file == file)
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert sum(p.nbytes for p in pieces) == sum(info.nbytes for info in made.checkpoint.tensors.values())
+
+
+def test_pieces_come_in_the_order_of_the_bytes(sample: Make) -> None:
+    made = sample(copy=False)
+    pieces = pieces_of(made, 300)
+    of_files = [[p.position for p in pieces if p.file == file] for file in made.checkpoint.files]
+    assert all(positions == sorted(positions) for positions in of_files)
+    assert [p.file for p in pieces] == sorted((p.file for p in pieces), key=made.checkpoint.files.index)
+
+
+def test_the_same_is_read_whether_parameters_come_together_or_apart(sample: Make) -> None:
+    made = sample()
+    tensors = [Tensor(i.name, i.file, i.offset, i.dtype) for i in made.checkpoint.tensors.values()]
+    together = [each for piece in cut(made.plan, tensors, piece_bytes=300) for each in _elements(piece)]
+    groups = cut_apart(made.plan, tensors, piece_bytes=300, apart=frozenset({"stacked", "apart.1"}))
+    apart = [each for group in groups.values() for piece in group for each in _elements(piece)]
+    assert sorted(apart) == sorted(together)
+
+
+def _elements(piece: Piece) -> list[tuple[str, str, int, Step]]:
+    return [(p.source, p.target, piece.position + p.start, p.step) for p in piece.placements]
 
 
 def test_neighbours_are_read_together(sample: Make) -> None:
@@ -50,9 +71,9 @@ def test_what_is_computed_in_float64_comes_in_smaller_pieces(sample: Make) -> No
 def test_what_is_assembled_has_pieces_of_its_own(sample: Make) -> None:
     made = sample()
     tensors = [Tensor(i.name, i.file, i.offset, i.dtype) for i in made.checkpoint.tensors.values()]
-    cuts = cut(made.plan, tensors, piece_bytes=1 << 20, staged=frozenset({"stacked", "run"}))
-    assert set(cuts.filling) == {"", "stacked", "run"}
-    for name, group in cuts.filling.items():
+    groups = cut_apart(made.plan, tensors, piece_bytes=1 << 20, apart=frozenset({"stacked", "run"}))
+    assert set(groups) == {"", "stacked", "run"}
+    for name, group in groups.items():
         targets = {each.target for piece in group for each in piece.placements}
         assert targets == {name} if name else not targets & {"stacked", "run"}
 
