@@ -2,9 +2,10 @@
 
     python benchmarks/report.py [--results benchmarks/results] [--images docs/images/charts]
 
-``load`` (from load_gpu.json and load_cpu.json), ``train`` (train_gpu.json) and ``families`` (families_gpu.json), each
-as SVG and PNG; a chart whose results are not there is left out. The same results give the same files, byte for byte,
-with the same version of matplotlib, which only this script needs.
+``load`` (from load_gpu.json and load_cpu.json), ``sources`` (sources_gpu.json: a run of load.py with all who can read
+in tepatch's place), ``train`` (train_gpu.json) and ``families`` (families_gpu.json), each as SVG and PNG; a chart whose
+results are not there is left out. The same results give the same files, byte for byte, with the same version of
+matplotlib, which only this script needs.
 """
 
 from __future__ import annotations
@@ -192,7 +193,11 @@ def charts(results: Path) -> dict[str, list[Panel]]:
     out = {}
     if loads := [found for name in ("load_gpu.json", "load_cpu.json") if (found := read(name))]:
         out["load"] = load_panels(loads)
-    makers: dict[str, Callable[[dict[str, Any]], list[Panel]]] = {"train": train_panels, "families": family_panels}
+    makers: dict[str, Callable[[dict[str, Any]], list[Panel]]] = {
+        "sources": lambda result: load_panels([result]),
+        "train": train_panels,
+        "families": family_panels,
+    }
     for name, panels in makers.items():
         if found := read(f"{name}_gpu.json"):
             out[name] = panels(found)

@@ -143,6 +143,7 @@ class _Load:
             self.plan, self.checkpoint, self.reading, device=self.to.device, allocate=self._allocated, bar=bar
         ) as stream:
             try:
+                stream.reserve(name for name in self.plan.writes if name not in self.to.seals)
                 groups = self._groups(streamed, staged)
                 stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged}, self.meanwhile)
                 self._read_named(named, bar)

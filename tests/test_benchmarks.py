@@ -370,7 +370,7 @@ def test_the_charts_are_drawn_from_the_results_the_same_each_time(
     for folder in ("one", "other"):
         monkeypatch.setattr(sys, "argv", ["report.py", "--images", str(tmp_path / folder)])
         report.main()
-    names = [f"{name}.{suffix}" for name in ("families", "load", "train") for suffix in ("png", "svg")]
+    names = [f"{name}.{suffix}" for name in ("families", "load", "sources", "train") for suffix in ("png", "svg")]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()

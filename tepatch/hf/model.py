@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +23,7 @@ from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.hf import attention
 from tepatch.hf.config import told
-from tepatch.hf.named import named_tensors
+from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.sharding import like_sharded
 from tepatch.mapping.plan import Plan, Spec
 from tepatch.replace import Replacement, replace_layers
@@ -84,8 +84,9 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
+    owner_of = _owners(model)
     for name, tensor in named_tensors(model).items():
-        owner, leaf = _owner(model, name)
+        owner, leaf = owner_of(name)
         if leaf in owner._non_persistent_buffers_set:
             continue
         if (known := first.setdefault(id(tensor), name)) != name:
@@ -106,8 +107,9 @@ def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tens
 
     Afterwards nothing of the model is on the meta device; anything else is a ``LoadError``.
     """
+    owner_of = _owners(model)
     for name, tensor in tensors.items():
-        owner, leaf = _owner(model, name)
+        owner, leaf = owner_of(name)
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
@@ -116,8 +118,8 @@ def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tens
             owner._parameters[leaf] = nn.Parameter(like_sharded(tensor, meta), requires_grad=meta.requires_grad)
     for name, entry in plan.targets.items():
         if entry.state == "tied":
-            owner, leaf = _owner(model, name)
-            first, first_leaf = _owner(model, entry.tied_to)
+            owner, leaf = owner_of(name)
+            first, first_leaf = owner_of(entry.tied_to)
             owner._parameters[leaf] = first._parameters[first_leaf]
     for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if not buffer.is_meta)):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # its initialiser leaves such tensors alone
@@ -252,6 +254,12 @@ def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         )
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+def _owners(model: nn.Module) -> Callable[[str], tuple[nn.Module, str]]:
+    """From a tensor's name to its module and its name there, for a model whose modules stay as they are."""
+    modules = {without_wrappers(path): module for path, module in model.named_modules(remove_duplicate=False)}
+
+    def owner(name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return modules[path], leaf
+
+    return owner

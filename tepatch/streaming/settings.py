@@ -33,9 +33,8 @@ class Reading:
     piece_bytes: int = 8 * MIB
     """What a thread reads at once, in bytes. With much less, Python's own time shows."""
     buffers: int | None = None
-    """Pieces that may be in memory at once, being read or on their way to a GPU. Default: twice the threads. A few
-    are quicker than many, which no cache of the processor would hold: with an H200 and 8 threads, 16, 24 and 32 buffers
-    of 8 MiB loaded 12.6 GiB in 0.35, 0.46 and 0.49 s."""
+    """Pieces that may be in memory at once, being read or on their way to a GPU. Default: twice the threads. More
+    are not quicker: each has to be pinned (2 ms for 8 MiB), and no cache of the processor would hold so many."""
     cache: str = "use"
     """``use`` fills the system's page cache, so that the next load finds the files there. ``bypass`` reads past it what
     it does not hold, and leaves it so: for a model that is larger than memory. Whether it is quicker, measure."""

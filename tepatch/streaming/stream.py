@@ -1,10 +1,10 @@
 """Running it: threads that each read a piece of a file, and one that sends what they have read to GPUs.
 
-The main thread takes memory for the parameters, in the order in which they are needed, and hands out pieces. Readers do
-nothing but read, each into a buffer of a common ring: they would wait for each other's turn in Python otherwise. For a
-GPU the ring is pinned, and one thread, the mover, has the device copy from it while the readers go on. What is a run of
-bytes goes straight into its parameter; what is not (another dtype, another order) is brought to the device as it is and
-put in its place there. For a parameter on the CPU, runs are read straight into it, and readers put the rest in place.
+The main thread takes memory for the parameters and hands out pieces. Readers do nothing but read, each into a buffer of
+a common ring: they would wait for each other's turn in Python otherwise. For a GPU the ring is pinned, and one thread,
+the mover, has the device copy from it while the readers go on. What is a run of bytes goes straight into its parameter;
+what is not (another dtype, another order) is brought to the device as it is and put in its place there. For a parameter
+on the CPU, runs are read straight into it, and readers put the rest in place.
 
 Of files that the page cache does not hold, one thread tells the system what will be read next. A disk gives what it can
 only when it is asked for much at once, and readers alone ask for little: each waits for its own piece.
@@ -32,6 +32,7 @@ from tepatch.streaming.memory import HostMemory
 from tepatch.streaming.pieces import Piece, item_size
 from tepatch.streaming.placing import Doubts, Target, bytes_in, is_run, place, scattered
 from tepatch.streaming.settings import Reading
+from tepatch.streaming.turns import quick_turns
 
 Allocate = Callable[[str], torch.Tensor]
 """From a parameter's name to memory for it, or for this process's shard of it."""
@@ -138,6 +139,11 @@ class Stream:
         self._readers.clear()
         self._open.close()
 
+    def reserve(self, names: Iterable[str]) -> None:
+        """Take memory for these parameters before anything is read: a GPU does nothing else while it gives some."""
+        for name in names:
+            self._target(name)
+
     def run(
         self,
         groups: Mapping[str, Iterable[Piece]],
@@ -152,9 +158,18 @@ class Stream:
         ``meanwhile`` is called when all that is left is to wait. Raises ``CheckpointError`` or ``LoadError``; what
         allocating or ``meanwhile`` raises goes through.
         """
+        with quick_turns():  # this thread would hold up the others
+            self._run(groups, seal, sizes or {}, meanwhile)
+
+    def _run(
+        self,
+        groups: Mapping[str, Iterable[Piece]],
+        seal: Seal | None,
+        sizes: Mapping[str, int],
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         work = _Work(self)
         work.start()
-        sizes = sizes or {}
         most = 2 * max(sizes.values(), default=0)
         staged: dict[str, int] = {}
         try:

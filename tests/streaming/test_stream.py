@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tepatch.errors import BackendError, CheckpointError, LoadError, PlanError
 from tepatch.execute import Destination, load_tensors
 from tepatch.mapping import Spec, make_plan, parse_mapping
 from tepatch.progress import ProgressBar
+from tepatch.streaming import turns
 from tepatch.streaming.raw import cached_share, forget, stream_bytes
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.shards import Cut
@@ -278,13 +280,50 @@ def test_a_file_that_is_written_to_meanwhile_is_told(sample: Make, monkeypatch: 
 
 
 def test_an_interrupt_stops_all_threads(sample: Make, device: torch.device) -> None:
-    def interrupt(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if name == "stacked":
-            raise KeyboardInterrupt
-        return torch.empty(shape, dtype=dtype, device=device)
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
+    made, to = sample(), Destination(device=device)
+    reading = Reading(threads=4, piece_bytes=64)
     with pytest.raises(KeyboardInterrupt):
-        load(sample(), device, Reading(threads=4, piece_bytes=64), allocate=interrupt)
+        load_tensors(made.plan, made.checkpoint, to=to, reading=reading, progress=False, meanwhile=interrupt)
+
+
+def test_memory_is_taken_before_anything_is_read(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = sample(), os.preadv
+    taken: list[str] = []
+    at_first: list[int] = []
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        taken.append(name)
+        return torch.empty(shape, dtype=dtype)
+
+    def noted(file: int, buffers: Any, position: int, flags: int = 0) -> int:
+        if not flags:
+            at_first.append(len(taken))
+        return read(file, buffers, position, flags)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    load(made, torch.device("cpu"), Reading(piece_bytes=256), allocate=allocate)
+    assert sorted(taken) == sorted(made.plan.writes)
+    assert set(at_first) == {len(taken)}
+
+
+def test_threads_change_turns_quickly_while_files_are_read_and_not_after(sample: Make) -> None:
+    made, before, seen = sample(), sys.getswitchinterval(), []
+    to = Destination(device=torch.device("cpu"))
+
+    def nested() -> None:
+        seen.append(sys.getswitchinterval())
+        load_tensors(made.plan, made.checkpoint, to=to, progress=False)
+        seen.append(sys.getswitchinterval())
+
+    load_tensors(made.plan, made.checkpoint, to=to, progress=False, meanwhile=nested)
+    assert seen == [pytest.approx(turns.SECONDS)] * 2
+    assert sys.getswitchinterval() == before
+    with pytest.raises(KeyError), turns.quick_turns():
+        raise KeyError
+    assert sys.getswitchinterval() == before
 
 
 def test_what_is_assembled_is_whole_and_few_at_a_time(device: torch.device, sample: Make) -> None:
@@ -318,7 +357,9 @@ def test_what_is_assembled_is_whole_and_few_at_a_time(device: torch.device, samp
 
 
 @pytest.mark.gpu
-def test_too_little_memory_of_a_gpu_is_told_and_given_back(sample: Make) -> None:
+@pytest.mark.parametrize("is_assembled", [False, True])
+def test_too_little_memory_of_a_gpu_is_told_and_given_back(is_assembled: bool, sample: Make) -> None:
+    """Before anything is read, or in the midst of it for what is assembled first."""
     made = sample()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -328,8 +369,12 @@ def test_too_little_memory_of_a_gpu_is_told_and_given_back(sample: Make) -> None
             return torch.empty(1 << 46, dtype=torch.uint8, device="cuda")  # torch's own error
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    with pytest.raises(LoadError, match=r"out of memory after reading [\d,]+ of [\d,]+ bytes"):
-        load(made, torch.device("cuda", 0), Reading(threads=2, piece_bytes=256), allocate=allocate)
+    seals = dict.fromkeys(made.expected, torch.clone) if is_assembled else {}
+    with pytest.raises(LoadError, match=r"out of memory after reading ([\d,]+) of [\d,]+ bytes") as got:
+        load(made, torch.device("cuda", 0), Reading(threads=2, piece_bytes=256), allocate=allocate, seals=seals)
+    assert ("after reading 0 of" in str(got.value)) is not is_assembled
+    del got
+    gc.collect()
     assert torch.cuda.memory_allocated() == before
 
 
