@@ -9,6 +9,8 @@ that fails has touched no module.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,9 +82,9 @@ def load_tensors(
 
     Shapes and dtypes are those of ``plan.targets``, or of the shard that is wanted. Memory: the tensors themselves,
     and what ``reading`` says; for a file that can not be read by its bytes, one source tensor. ``progress`` shows a bar
-    on stderr (default: when that is a terminal). ``meanwhile`` is called once, while files are being read. Raises
-    ``LoadError`` when memory runs out or a dtype can not hold a value, and ``CheckpointError`` when a file can not be
-    read or a redundant copy differs.
+    on stderr (default: when that is a terminal). ``meanwhile`` is called once unless something has failed before; while
+    files are being read, if any is read by its bytes. Raises ``LoadError`` when memory runs out or a dtype can not hold
+    a value, and ``CheckpointError`` when a file can not be read or a redundant copy differs.
     """
     started = time.perf_counter()
     load = _Load(plan, checkpoint, to, reading or Reading(), meanwhile)
@@ -107,6 +109,17 @@ def load_tensors(
         ) from None
     seconds = time.perf_counter() - started
     return load.out, Timing(bytes_read=load.bytes_read, seconds=seconds, stages=load.stages, notes=tuple(load.notes))
+
+
+ALLOCATED, SMALL_ALLOCATION = 512, 1 << 20
+"""Bytes: what torch's allocator for GPUs rounds up to, and up to what it has blocks of their own."""
+
+
+def _keeps_blocks_whole() -> bool:
+    """Whether that allocator has been told not to cut large blocks, so that one would be of use to nobody."""
+    return any(
+        "max_split_size_mb" in os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    )
 
 
 class _Load:
@@ -143,7 +156,10 @@ class _Load:
             self.plan, self.checkpoint, self.reading, device=self.to.device, allocate=self._allocated, bar=bar
         ) as stream:
             try:
-                stream.reserve(name for name in self.plan.writes if name not in self.to.seals)
+                by_bytes = {tensor.name for tensor in streamed}
+                filled = {copy.target for copy in self.plan.copies if copy.source in by_bytes} - self.to.seals.keys()
+                self._make_room(filled)
+                stream.reserve(name for name in self.plan.writes if name in filled)
                 groups = self._groups(streamed, staged)
                 stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged}, self.meanwhile)
                 self._read_named(named, bar)
@@ -213,6 +229,19 @@ class _Load:
                 tensor.as_strided(step.sizes, step.write_strides, step.write_offset).fill_(fill.value)
         self.out[name] = tensor
         return tensor
+
+    def _make_room(self, names: Iterable[str]) -> None:
+        """Have torch's allocator take at once what these parameters need of a GPU, and cut it into them later.
+
+        The driver takes its time for each block that it gives, most of all in a new process. A block that is cut goes
+        back to the driver only as a whole.
+        """
+        if self.to.device.type != "cuda" or self.to.allocate is not None or _keeps_blocks_whole():
+            return
+        sizes = (self._nbytes(name) for name in names)
+        total = sum(-(-size // ALLOCATED) * ALLOCATED for size in sizes if size > SMALL_ALLOCATION)
+        with contextlib.suppress(torch.OutOfMemoryError):  # there may be room in what is free of its other blocks
+            torch.empty(total, dtype=torch.uint8, device=self.to.device)
 
     def _nbytes(self, name: str) -> int:
         """What a parameter takes, whole or its shard, in bytes."""

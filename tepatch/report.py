@@ -69,9 +69,9 @@ class Report:
     seconds: dict[str, float]
     """Wall-clock seconds of ``build`` (the model on the meta device), ``plan``, ``load`` (the weights) and ``install``
     (the weights into the model, and its buffers). Of ``load``: ``allocate``, taking memory for the parameters; as means
-    over the threads that read, ``read``, waiting for the file system, and ``copy``, waiting for a buffer that a GPU is
-    done with; and ``place``, sending bytes to a GPU or putting them in another order or dtype. They overlap, so they do
-    not add up to ``load``."""
+    over the threads that read, ``read``, waiting for the file system, and ``copy``, waiting for a buffer, to be pinned
+    or that a GPU is done with it; and ``place``, sending bytes to a GPU or putting them in another order or dtype. They
+    overlap, so they do not add up to ``load``."""
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     """What may be of interest about how the weights were read."""

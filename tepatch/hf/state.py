@@ -48,7 +48,7 @@ __all__ = ["attach", "expect_no_extra_state", "give_their_names", "patched_names
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make ``model``, which carries its report as ``model.tepatch``, give, take and save Hugging Face's names.
+    """Make ``model`` give, take and save Hugging Face's names, once it carries its report as ``model.tepatch``.
 
     ``model.state_dict()`` hands out tensors that share memory with the parameters wherever a source lies in one
     strided view, and restored copies elsewhere. ``model.load_state_dict()`` takes a dict of either language, or

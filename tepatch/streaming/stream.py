@@ -1,94 +1,29 @@
-"""Running it: threads that each read a piece of a file, and one that sends what they have read to GPUs.
-
-The main thread takes memory for the parameters and hands out pieces. Readers do nothing but read, each into a buffer of
-a common ring: they would wait for each other's turn in Python otherwise. For a GPU the ring is pinned, and one thread,
-the mover, has the device copy from it while the readers go on. What is a run of bytes goes straight into its parameter;
-what is not (another dtype, another order) is brought to the device as it is and put in its place there. For a parameter
-on the CPU, runs are read straight into it, and readers put the rest in place.
-
-Of files that the page cache does not hold, one thread tells the system what will be read next. A disk gives what it can
-only when it is asked for much at once, and readers alone ask for little: each waits for its own piece.
-"""
+"""Running what has been cut: the main thread takes memory for the parameters and hands out pieces to threads."""
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
 from types import TracebackType
 
 import torch
 
 from tepatch.checkpoint import Checkpoint
-from tepatch.checkpoint.reading import BLOCK, ByteReader, is_cached
-from tepatch.checkpoint.writing import tensor_bytes
+from tepatch.checkpoint.reading import ByteReader, is_cached
 from tepatch.mapping.plan import Plan
 from tepatch.progress import ProgressBar
-from tepatch.streaming.memory import HostMemory
-from tepatch.streaming.pieces import Piece, item_size
-from tepatch.streaming.placing import Doubts, Target, bytes_in, is_run, place, scattered
+from tepatch.streaming.pieces import Piece
+from tepatch.streaming.placing import Doubts, Target
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.turns import quick_turns
+from tepatch.streaming.work import Group, Order, Spent, Work, new_event
 
 Allocate = Callable[[str], torch.Tensor]
 """From a parameter's name to memory for it, or for this process's shard of it."""
 Seal = Callable[[str, torch.Tensor], None]
 """Takes a parameter that is assembled, whole."""
-
-
-AHEAD_BYTES = 512 << 20
-"""Of pieces that no reader has begun with, asked of the disk. Half of it was enough for one of 2 GB/s."""
-
-
-def new_event() -> torch.cuda.Event:
-    """One that nothing has been recorded in: who waits for it goes on at once."""
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _has_passed(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
-
-
-def _stays_aligned(piece: Piece) -> bool:
-    """Whether a piece's elements are aligned where they are in the file, and so in memory that is read by blocks."""
-    return all((piece.position + each.start) % item_size(each.dtype) == 0 for each in piece.placements)
-
-
-@dataclass(slots=True)
-class Spent:
-    """Seconds of threads, by what they went to."""
-
-    read: float = 0.0
-    """Waiting for the file system."""
-    copy: float = 0.0
-    """Waiting for a buffer that a GPU is done with."""
-    place: float = 0.0
-    """Sending bytes on their way, and putting them in another order or dtype."""
-
-    def add(self, other: Spent) -> None:
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Pieces that make one parameter whole."""
-
-    name: str
-    left: int
-    event: torch.cuda.Event | None = None
-    """When the last of them has arrived on its GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    piece: Piece
-    targets: dict[str, Target]
-    group: _Group | None
 
 
 class Stream:
@@ -140,7 +75,7 @@ class Stream:
         self._open.close()
 
     def reserve(self, names: Iterable[str]) -> None:
-        """Take memory for these parameters before anything is read: a GPU does nothing else while it gives some."""
+        """Take memory for these parameters before anything is read: a GPU does little else while it gives some."""
         for name in names:
             self._target(name)
 
@@ -168,22 +103,22 @@ class Stream:
         sizes: Mapping[str, int],
         meanwhile: Callable[[], None] | None,
     ) -> None:
-        work = _Work(self)
-        work.start()
+        work = Work(self)
         most = 2 * max(sizes.values(), default=0)
         staged: dict[str, int] = {}
         try:
+            work.start()
             for name, pieces in groups.items():
                 group = None
                 if name:
                     pieces = tuple(pieces)
-                    group = _Group(name, len(pieces))
+                    group = Group(name, len(pieces))
                 while group is not None and staged and sum(staged.values()) + sizes[name] > most and not work.failed:
                     staged.pop(self._sealed(work, seal), None)
                 for piece in pieces:
                     if work.failed:
                         break
-                    work.orders.put(_Order(piece, {p.target: self._target(p.target) for p in piece.placements}, group))
+                    work.orders.put(Order(piece, {p.target: self._target(p.target) for p in piece.placements}, group))
                 if group is not None:
                     staged[name] = sizes[name]
                 if work.failed:
@@ -192,11 +127,12 @@ class Stream:
                 meanwhile()
             while staged and not work.failed:
                 staged.pop(self._sealed(work, seal), None)
-        except BaseException as error:
+            work.finish()
+        except BaseException as error:  # an interrupt, too: it comes while this waits in ``finish``
             work.fail(error)
+            work.finish()
             raise
         finally:
-            work.finish()
             for used in {target.device for target in self._targets.values() if target.is_cuda}:
                 torch.cuda.synchronize(used)
         if work.failed:
@@ -240,7 +176,7 @@ class Stream:
             self.allocate_seconds += time.perf_counter() - started
         return target
 
-    def _sealed(self, work: _Work, seal: Seal | None) -> str:
+    def _sealed(self, work: Work, seal: Seal | None) -> str:
         """Wait for a parameter to be whole and give it away; gives its name, or none if a thread has failed instead."""
         if (group := work.whole.get()) is None:
             return ""
@@ -250,256 +186,3 @@ class Stream:
         if seal is not None:
             seal(group.name, tensor)
         return group.name
-
-
-@dataclass(slots=True, eq=False)
-class _Buffer:
-    """One buffer of the ring."""
-
-    memory: HostMemory
-    events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
-    """When a device copies from it no more."""
-
-
-class _Work:
-    """The threads of one run."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._to_read = queue.SimpleQueue() if stream.looks_ahead else self.orders
-        """The same, once the disk has been asked for them."""
-        self.whole: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
-        self.failed: list[BaseException] = []
-        reading = stream.reading
-        self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[tuple[_Order, _Buffer, int] | None] = queue.SimpleQueue()
-        """What is in a buffer, and from which of its bytes on."""
-        self._ring: list[_Buffer] = []
-        self._has_all = False
-        """Whether all is read, so that no more buffers are needed."""
-        self._lock = threading.Lock()
-        self._readers = [self._thread(self._reader, stream.spent, f"{i}") for i in range(reading.num_threads)]
-        self._mover = self._thread(self._move, stream.moving, "mover")
-        self._others = [self._thread(self._make_ring, Spent(), "ring")]
-        self._may_ask = threading.Semaphore(max(1, AHEAD_BYTES // reading.piece_bytes))
-        if stream.looks_ahead:
-            self._others.append(self._thread(self._look_ahead, Spent(), "ahead"))
-
-    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> threading.Thread:
-        return threading.Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
-
-    def start(self) -> None:
-        for thread in (*self._readers, self._mover, *self._others):
-            thread.start()
-
-    def fail(self, error: BaseException) -> None:
-        """Have everyone stop, and wait for nothing that will not come."""
-        self.failed.append(error)
-        self.whole.put(None)
-        self._may_ask.release()
-        for _ in self._readers:
-            self._free.put(None)
-
-    def finish(self) -> None:
-        """Wait until all that was ordered is done, or given up after a failure, and give the ring back."""
-        for _ in self._readers:
-            self.orders.put(None)
-        for thread in self._readers:
-            thread.join()
-        self._has_all = True
-        for thread in self._others:
-            thread.join()
-        self._read.put(None)
-        self._mover.join()
-        for buffer in self._ring:
-            buffer.memory.close()
-
-    def _guarded(self, run: Callable[[Spent], None], total: Spent) -> None:
-        spent = Spent()
-        try:
-            with torch.no_grad():
-                run(spent)
-        except BaseException as error:
-            self.fail(error)
-        finally:
-            with self._lock:
-                total.add(spent)
-
-    def _reader(self, spent: Spent) -> None:
-        while (order := self._to_read.get()) is not None:
-            self._may_ask.release()
-            if self.failed:
-                continue
-            piece, group = order.piece, order.group
-            file = self.stream.reader(piece.file)
-            started = time.perf_counter()
-            is_past_cache = file.can_bypass and _stays_aligned(piece)
-            if not is_past_cache and (parts := scattered(piece, order.targets)) is not None:
-                file.scatter([tensor_bytes(part) for part in parts], piece.position)
-                spent.read += time.perf_counter() - started
-                del order, parts  # from now on this must keep no parameter alive
-                self._done(piece, group)
-                continue
-            if (buffer := self._free.get()) is None:  # something has failed meanwhile
-                continue
-            got = time.perf_counter()
-            start = 0
-            if is_past_cache:
-                start = file.read_past_cache(buffer.memory.view, piece.position, piece.nbytes)
-            else:
-                file.read_into(buffer.memory.view[: piece.nbytes], piece.position)
-            read = time.perf_counter()
-            spent.copy += got - started
-            spent.read += read - got
-            if any(target.is_cuda for target in order.targets.values()):
-                self._read.put((order, buffer, start))
-                del order
-            else:
-                held = buffer.memory.bytes[start : start + piece.nbytes]
-                for each in piece.placements:
-                    place(self.stream.plan, each, held, order.targets[each.target], self.stream.doubts)
-                spent.place += time.perf_counter() - read
-                self._free.put(buffer)
-                del order
-                self._done(piece, group)
-
-    def _look_ahead(self, spent: Spent) -> None:
-        """Hand on what is ordered, and ask for it before."""
-        try:
-            while (order := self.orders.get()) is not None:
-                piece = order.piece
-                if not self.failed and self.stream.is_asked_ahead(piece.file):
-                    self._may_ask.acquire()  # a failure gives one back, for who waits here then
-                    self.stream.reader(piece.file).expect(piece.position, piece.nbytes)
-                self._to_read.put(order)
-                del order  # this must keep no parameter alive
-        finally:
-            for _ in self._readers:
-                self._to_read.put(None)
-
-    def _make_ring(self, spent: Spent) -> None:
-        """Make one buffer after the other: a driver pins memory for one thread at a time."""
-        reading = self.stream.reading
-        nbytes = (-(-reading.piece_bytes // BLOCK) + 2) * BLOCK
-        is_cuda = self.stream.device.type == "cuda"
-        for _ in range(reading.num_buffers):
-            if self._has_all or self.failed:
-                return
-            buffer = _Buffer(HostMemory(nbytes, is_pinned=is_cuda))
-            self._ring.append(buffer)
-            self.stream.unpinned += is_cuda and not buffer.memory.is_pinned
-            self._free.put(buffer)
-
-    def _move(self, spent: Spent) -> None:
-        """Have GPUs copy what the readers have read."""
-        on_way: deque[_Buffer] = deque()
-        mover = _Mover(self.stream)
-        try:
-            while True:
-                if on_way and self._read.empty():  # some reader may be waiting
-                    for event in on_way[0].events.values():
-                        event.synchronize()
-                    self._free.put(on_way.popleft())
-                    continue
-                if (read := self._read.get()) is None:
-                    return
-                if self.failed:
-                    continue
-                order, buffer, start = read
-                piece, group = order.piece, order.group
-                started = time.perf_counter()
-                mover.move(order, buffer, start)
-                if group is not None:
-                    group.event = mover.mark(order)
-                on_way.append(buffer)
-                spent.place += time.perf_counter() - started
-                del read, order, buffer
-                self._done(piece, group)
-                while on_way and all(map(_has_passed, on_way[0].events.values())):
-                    self._free.put(on_way.popleft())
-        finally:
-            mover.close()
-
-    def _done(self, piece: Piece, group: _Group | None) -> None:
-        self.stream.bar.advance(piece.nbytes)
-        with self._lock:
-            self.stream.bytes_read += piece.nbytes
-            if group is None:
-                return
-            group.left -= 1
-            is_whole = group.left == 0
-        if is_whole:
-            self.whole.put(group)
-
-
-class _Mover:
-    """What the mover has: on each GPU a stream, and memory for what can not go straight to its place."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._of = stream
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._held: dict[torch.device, torch.Tensor] = {}
-        self._current: torch.cuda.Stream | None = None
-
-    def move(self, order: _Order, buffer: _Buffer, start: int) -> None:
-        """Send a piece, which is in ``buffer`` from its byte ``start`` on, to its place; its events tell of the end."""
-        host = buffer.memory.bytes
-        for device in dict.fromkeys(target.device for target in order.targets.values()):
-            stream = None if device.type != "cuda" else self._enter(device)
-            held: torch.Tensor | None = None
-            for each in order.piece.placements:
-                target = order.targets[each.target]
-                if target.device != device:
-                    continue
-                if stream is not None and target.is_ready is not None:
-                    stream.wait_event(target.is_ready)
-                    target.is_ready = None  # what comes later comes after it on this stream
-                if stream is not None and is_run(each, target):
-                    first = start + each.start
-                    bytes_in(each, target).copy_(host[first : first + each.span], non_blocking=True)
-                    continue
-                if held is None:
-                    held = host[start : start + order.piece.nbytes]
-                    if stream is not None:
-                        held = self._on(device)[: order.piece.nbytes].copy_(held, non_blocking=True)
-                place(self._of.plan, each, held, target, self._of.doubts)
-            if stream is not None:
-                if (event := buffer.events.get(device)) is None:
-                    event = buffer.events[device] = new_event()
-                event.record(stream)
-
-    def mark(self, order: _Order) -> torch.cuda.Event:
-        """What tells that all that has been sent to the device of ``order``'s parameter so far has arrived."""
-        (device,) = {target.device for target in order.targets.values()}
-        event = new_event()
-        event.record(self._enter(device))
-        return event
-
-    def close(self) -> None:
-        """Wait for what is on its way, and give everything back."""
-        for stream in self._streams.values():
-            stream.synchronize()
-        self._held.clear()
-
-    def _enter(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream for a device, made this thread's current one."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        if self._current is not self._streams[device]:
-            self._current = self._streams[device]
-            torch.cuda.set_stream(self._current)
-        return self._current
-
-    def _on(self, device: torch.device) -> torch.Tensor:
-        """Memory on a GPU for one piece as it stands in the file.
-
-        It is taken from the default stream's, where it goes back to: what a stream of its own has cached, no other
-        could use.
-        """
-        if device not in self._held:
-            default = torch.cuda.default_stream(device)
-            with torch.cuda.stream(default):
-                self._held[device] = torch.empty(self._of.reading.piece_bytes, dtype=torch.uint8, device=device)
-            self._streams[device].wait_stream(default)
-        return self._held[device]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tepatch.checkpoint import reading as of_files
 from tepatch.errors import CheckpointError
 from tepatch.execute import Destination, load_tensors
-from tepatch.streaming import stream
+from tepatch.streaming import work
 from tepatch.streaming.settings import Reading
 
 Make = Callable[..., Any]
@@ -54,7 +56,11 @@ def load(sample: Any, reading: Reading) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("uncached")
-def test_the_disk_is_asked_for_each_byte_once_and_in_order(sample: Make, advice: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("longest", [100, PIECE])
+def test_the_disk_is_asked_for_each_byte_once_and_in_order(
+    longest: int, sample: Make, advice: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_files, "_ADVISED", longest)
     made = sample(copy=False)
     loaded = load(made, Reading(threads=2, piece_bytes=PIECE))
     for name, expected in made.expected.items():
@@ -87,18 +93,27 @@ def test_nothing_is_asked_for_that_is_cached_or_is_not_to_be(
     assert not advice
 
 
-@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize("cached_file", ["", "model-00001"])
 def test_no_more_is_asked_for_than_a_little_ahead_of_the_readers(
-    sample: Make, advice: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    cached_file: str, sample: Make, advice: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 4 * PIECE)
+    """However much the page cache holds of other files."""
+    monkeypatch.setattr(work, "AHEAD_BYTES", 4 * PIECE)
     made, read, begun, most = sample(), os.preadv, [0], [0]
     threads = 2
 
     def counted(file: int, buffers: Any, position: int, flags: int = 0) -> int:
-        most[0] = max(most[0], len(advice) - begun[0])
-        begun[0] += 1
-        return read(file, buffers, position, flags)
+        is_cached = bool(cached_file) and cached_file in os.readlink(f"/proc/self/fd/{file}")
+        if flags:
+            if is_cached:
+                return 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not is_cached:
+            most[0] = max(most[0], len(advice) - begun[0])
+            begun[0] += 1
+        else:
+            time.sleep(0.001)  # there would be time to ask for all
+        return read(file, buffers, position)
 
     monkeypatch.setattr(os, "preadv", counted)
     load(made, Reading(threads=threads, piece_bytes=PIECE))
@@ -110,12 +125,13 @@ def test_no_more_is_asked_for_than_a_little_ahead_of_the_readers(
 def test_a_disk_that_fails_while_it_is_asked_ends_everything(
     ahead: int, threads: int, sample: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(work, "AHEAD_BYTES", ahead)
     made, read, calls = sample(), os.preadv, []
 
     def failing(file: int, buffers: Any, position: int, flags: int = 0) -> int:
         calls.append(position)
         if not flags and len(calls) > 7:
+            time.sleep(0.05)  # who asks ahead waits for the readers by then
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(file, buffers, position, flags)
 

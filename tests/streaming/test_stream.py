@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import mmap
 import os
+import signal
 import struct
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,10 +153,9 @@ def test_more_threads_read_what_is_not_in_the_page_cache(tmp_path: Path, monkeyp
     assert settled(Reading(threads=3)) == (3, 6)
     assert settled(Reading(threads=3, buffers=4)) == (3, 4)
     forget([path])
-    if settled(Reading()) == (8, 16):
+    if (found := settled(Reading())) == (8, 16):
         pytest.skip("this file system keeps its files in memory")
-    forget([path])
-    assert settled(Reading()) == (16, 32)
+    assert found == (16, 32)
 
 
 def test_a_source_that_is_not_installed_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +281,63 @@ def test_a_file_that_is_written_to_meanwhile_is_told(sample: Make, monkeypatch: 
         load(made, torch.device("cpu"), Reading(threads=2, piece_bytes=256))
 
 
-def test_an_interrupt_stops_all_threads(sample: Make, device: torch.device) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+def test_an_interrupt_stops_all_threads(sample: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the main thread waits for the others, which is where it is most of the time."""
+    made, read, calls = sample(), os.preadv, []
+    is_waiting = threading.Event()
+    main = threading.get_ident()
 
-    made, to = sample(), Destination(device=device)
-    reading = Reading(threads=4, piece_bytes=64)
+    def slow(*arguments: Any) -> int:
+        if threading.get_ident() != main:
+            is_waiting.wait()
+            calls.append(arguments)
+            if len(calls) == 3:
+                signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.01)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    to, reading = Destination(device=device), Reading(threads=2, piece_bytes=64)
     with pytest.raises(KeyboardInterrupt):
-        load_tensors(made.plan, made.checkpoint, to=to, reading=reading, progress=False, meanwhile=interrupt)
+        load_tensors(made.plan, made.checkpoint, to=to, reading=reading, progress=False, meanwhile=is_waiting.set)
+    assert len(calls) < sum(info.nbytes for info in made.checkpoint.tensors.values()) // 64
+
+
+def test_a_system_that_gives_no_thread_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, start = sample(), threading.Thread.start
+
+    def refusing(thread: threading.Thread) -> None:
+        if thread.name == "tepatch-read-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    with pytest.raises(LoadError, match=r"no thread can be started for reading[\s\S]*Reading\(threads=1\)"):
+        load(made, torch.device("cpu"), Reading(threads=4))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tepatch-read")]
+
+
+def test_buffers_are_made_only_if_somebody_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read straight into memory of the CPU needs none, however long there would be time to make them."""
+    save_file({"w": torch.randn(100), "v": torch.randn(50)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    plan = make_plan(
+        parse_mapping("version: 1\nparameters: {w: same, v: same}", name="m.yaml"),
+        config={},
+        sources=checkpoint.tensors,
+        targets={"w": Spec((100,), "F32"), "v": Spec((50,), "F32")},
+    )
+    made: list[Any] = []
+    memory = mmap.mmap
+
+    def noted(*arguments: Any, **more: Any) -> mmap.mmap:
+        made.append(arguments)
+        return memory(*arguments, **more)
+
+    monkeypatch.setattr(mmap, "mmap", noted)
+    to = Destination(device=torch.device("cpu"))
+    load_tensors(plan, checkpoint, to=to, progress=False, meanwhile=lambda: time.sleep(0.02))
+    assert made == []
 
 
 def test_memory_is_taken_before_anything_is_read(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +423,38 @@ def test_too_little_memory_of_a_gpu_is_told_and_given_back(is_assembled: bool, s
     seals = dict.fromkeys(made.expected, torch.clone) if is_assembled else {}
     with pytest.raises(LoadError, match=r"out of memory after reading ([\d,]+) of [\d,]+ bytes") as got:
         load(made, torch.device("cuda", 0), Reading(threads=2, piece_bytes=256), allocate=allocate, seals=seals)
-    assert ("after reading 0 of" in str(got.value)) is not is_assembled
+    if not is_assembled:
+        assert "after reading 0 of" in str(got.value)
     del got
     gc.collect()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", ["", "max_split_size_mb:20"])
+def test_a_gpu_is_asked_for_memory_once_unless_its_blocks_stay_whole(
+    settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)  # torch itself has read it long ago
+    names = [f"w{i}" for i in range(6)]
+    save_file({name: torch.randn(3 << 20) for name in names}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    plan = make_plan(
+        parse_mapping("version: 1\nparameters: {}\nrest: same", name="m.yaml"),
+        config={},
+        sources=checkpoint.tensors,
+        targets={name: Spec((3 << 20,), "F32") for name in names},
+    )
+    torch.cuda.empty_cache()
+
+    def blocks() -> int:
+        return int(torch.cuda.memory_stats()["segment.large_pool.allocated"])
+
+    before, reserved = blocks(), torch.cuda.memory_reserved()
+    loaded, _ = load_tensors(plan, checkpoint, to=Destination(device=torch.device("cuda", 0)), progress=False)
+    assert blocks() - before == (6 if settings else 1)
+    assert torch.cuda.memory_reserved() - reserved <= 6 * (12 << 20) + (8 << 20 if settings else 2 << 20)
+    assert all(tensor.is_cuda for tensor in loaded.values())
 
 
 @pytest.mark.gpu
