@@ -51,7 +51,7 @@ def run_one(source: Path, destination: Path, *, workers: int, watch: bool) -> di
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import tepatch
-    import tepatch.api
+    import tepatch.conversion
     import tepatch_llama.layer  # noqa: F401  (imports are not what is timed)
 
     before, peak, stop = private_bytes(), [0], threading.Event()

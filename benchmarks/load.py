@@ -191,7 +191,7 @@ def _limit(contender: str, folder: Path, device: str) -> Load:
 
 def _tepatch(kind: str, folder: Path, device: str, *, is_te: bool) -> Load:
     import tepatch
-    import tepatch.api
+    import tepatch.loading
     import tepatch_llama.layer  # noqa: F401
     from tepatch.streaming.settings import Reading
 

@@ -11,12 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tepatch.api import build, certify, check_certificate, convert, load, plan, save, set_precision, weight_copies
+    from tepatch.certification import certify, check_certificate
+    from tepatch.conversion import convert
     from tepatch.errors import TepatchError
+    from tepatch.export import save
     from tepatch.hookspecs import hookimpl
+    from tepatch.loading import build, load, plan
     from tepatch.patch import Patch
     from tepatch.replace import replace_layers
     from tepatch.streaming.settings import Reading
+    from tepatch.te.layer import set_precision, weight_copies
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,17 +44,17 @@ _HOMES = {
     "Patch": "tepatch.patch",
     "Reading": "tepatch.streaming.settings",
     "TepatchError": "tepatch.errors",
-    "build": "tepatch.api",
-    "certify": "tepatch.api",
-    "check_certificate": "tepatch.api",
-    "convert": "tepatch.api",
+    "build": "tepatch.loading",
+    "certify": "tepatch.certification",
+    "check_certificate": "tepatch.certification",
+    "convert": "tepatch.conversion",
     "hookimpl": "tepatch.hookspecs",
-    "load": "tepatch.api",
-    "plan": "tepatch.api",
+    "load": "tepatch.loading",
+    "plan": "tepatch.loading",
     "replace_layers": "tepatch.replace",
-    "save": "tepatch.api",
-    "set_precision": "tepatch.api",
-    "weight_copies": "tepatch.api",
+    "save": "tepatch.export",
+    "set_precision": "tepatch.te.layer",
+    "weight_copies": "tepatch.te.layer",
 }
 
 

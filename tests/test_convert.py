@@ -570,7 +570,7 @@ def test_a_dtype_of_the_manifest_that_holds_no_weights_is_an_error(converted: Pa
 KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, tepatch, tepatch.api, tepatch_llama.layer
+import torch, tepatch, tepatch.conversion, tepatch_llama.layer
 from transformers import LlamaForCausalLM
 
 kills, places = int(sys.argv[1]), sys.argv[2:]

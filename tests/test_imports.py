@@ -32,7 +32,7 @@ def test_importing_tepatch_takes_a_moment() -> None:
 ORDER = [
     *("errors", "progress", "mapping", "te", "report", "patch", "hookspecs", "plugins", "replace"),
     *("checkpoint", "assembly", "tensors", "storing", "streaming", "execute", "hf", "job"),
-    *("loading", "export", "conversion", "verify", "certification", "api", "testing", "cli"),
+    *("loading", "export", "conversion", "verify", "certification", "testing", "cli"),
 ]
 """Imports go one way: a room may import those before it."""
 ENTRANCES = {"__init__", "__main__"}

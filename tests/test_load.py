@@ -285,7 +285,7 @@ def test_running_out_of_memory_half_way_is_told_and_leaves_nothing(tiny_llama: M
 import resource, torch, transformers, tepatch
 from tepatch.errors import LoadError
 from transformers.models.llama import modeling_llama
-import tepatch_llama.layer, tepatch.api
+import tepatch_llama.layer, tepatch.loading
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 650_000_000, -1))
 try:

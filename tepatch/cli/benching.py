@@ -227,9 +227,9 @@ def _contenders(
 
 def _loads(patch: Any, location: str, reading: Reading, given: Mapping[str, Any]) -> Run:
     def run() -> tuple[object, Mapping[str, float]]:
-        import tepatch.api
+        import tepatch.loading
 
-        model = tepatch.api.load(patch, location, reading=reading, progress=False, **given)
+        model = tepatch.loading.load(patch, location, reading=reading, progress=False, **given)
         seconds: Any = model.tepatch.seconds  # type: ignore[union-attr]
         return model, seconds
 

@@ -43,9 +43,9 @@ def convert(
     """
     chosen = chosen_patch(patch, as_json=as_json)
     with reporting(as_json):
-        import tepatch.api
+        import tepatch.conversion
 
-        made = tepatch.api.convert(
+        made = tepatch.conversion.convert(
             chosen,
             source,
             destination,

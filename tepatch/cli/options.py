@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tepatch.patch import Patch
 
 DtypeName = Literal["auto", "float64", "float32", "float16", "bfloat16"]
-"""What tepatch.api takes as a dtype, spelt out because reading arguments must not import torch."""
+"""What tepatch.load takes as a dtype, spelt out because reading arguments must not import torch."""
 
 PatchName = Annotated[
     str, typer.Argument(metavar="PATCH", help="A patch's name, or 'auto': the one for the model's type.")

@@ -58,9 +58,9 @@ def plan(
     chosen = chosen_patch(patch, as_json=as_json)
 
     def planned(file: Path | None) -> Plan:
-        import tepatch.api
+        import tepatch.loading
 
-        return tepatch.api.plan(
+        return tepatch.loading.plan(
             chosen,
             location,
             dtype=dtype,

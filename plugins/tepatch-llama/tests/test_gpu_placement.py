@@ -233,7 +233,7 @@ def test_a_map_that_comes_later_computes_the_same(folder: Path) -> None:
 
 
 @two_gpus
-@pytest.mark.parametrize("how", ["fully_shard", "accelerate", "accelerate, efficient"])
+@pytest.mark.parametrize("how", ["fully_shard", "parallelize", "accelerate", "accelerate, efficient"])
 def test_fsdp2_trains_and_saves_what_one_gpu_does(how: str, folder: Path, tmp_path: Path) -> None:
     single = train(load(folder).train(), IDS.cuda(), lambda loss: loss.backward())
     assert single[0] - single[-1] > 2 * LOSS_NOISE * single[0], "training moves the loss by more than the noise"
@@ -284,13 +284,22 @@ def main(how: str, folder: Path, out: Path) -> None:
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)
     ids = IDS[rank : rank + 1].cuda()
-    if how == "fully_shard":
-        dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=torch.device("cuda", rank))
-        model = load(folder).train()
+
+    def shard(model: Any) -> None:
         mesh = init_device_mesh("cuda", (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+
+    if how in ("fully_shard", "parallelize"):
+        dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=torch.device("cuda", rank))
+        if how == "parallelize":
+            model = load(folder, parallelize=shard).train()
+            total_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            assert model.tepatch.bytes_read < 0.6 * total_bytes, "each reads its own slices"
+        else:
+            model = load(folder).train()
+            shard(model)
         losses = train(model, ids, lambda loss: loss.backward())
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0:
