@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +85,10 @@ def load(
         ),
     ] = None,
     piece_mib: Annotated[int, typer.Option("--piece-mib", min=1, help="MiB that a thread reads at once.")] = 8,
+    buffers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pieces that may be in memory at once. Default: twice the threads."),
+    ] = None,
     with_transformers: Annotated[
         bool, typer.Option("--with-transformers", help="Also measure transformers' from_pretrained.")
     ] = False,
@@ -113,8 +117,9 @@ def load(
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         is_te = backend != "reference" and probe().usable
         target = check_device(device or ("cuda" if is_te else "cpu"))
+        asked = Reading(threads=threads, piece_bytes=piece_mib * MIB, buffers=buffers)
         readings = {
-            name: Reading(source=name, threads=threads, piece_bytes=piece_mib * MIB).settled(is_cached=not cold)
+            name: replace(asked, source=name).settled(is_cached=not cold)
             for name in dict.fromkeys(source or ["direct"])
         }
         checkpoint = open_checkpoint(location)
@@ -129,7 +134,8 @@ def load(
         _measure(contenders, rounds, paths if cold else [], notes, total=nbytes, progress=False if quiet else None)
         medians = {each.name: each.median for each in contenders}
         ours = next(each for each in contenders if each.name.startswith("tepatch, "))
-        num_threads = next(iter(readings.values())).num_threads
+        settled = next(iter(readings.values()))
+        num_threads = settled.num_threads
         said = advice(ours.median, ours.stages, medians, is_cold=cold, threads=num_threads)
         result = {
             "checkpoint": location,
@@ -138,6 +144,7 @@ def load(
             "is_cold": cold,
             "threads": num_threads,
             "piece_bytes": piece_mib * MIB,
+            "buffers": settled.num_buffers,
             "runs": {
                 each.name: {
                     "seconds": each.seconds,

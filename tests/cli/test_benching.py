@@ -45,7 +45,7 @@ def test_the_advice_names_what_a_load_waits_for(
 
 def test_every_way_is_measured_in_every_round(run: Run, tiny: Path) -> None:
     result = run("bench", "load", tiny, "--rounds", 2, "--source", "safetensors", "--source", "direct", "--json",
-                 "--with-transformers", "--threads", 3, "--piece-mib", 1)  # fmt: skip
+                 "--with-transformers", "--threads", 3, "--piece-mib", 1, "--buffers", 5)  # fmt: skip
     assert result.exit_code == 0
     made = json.loads(result.stdout)
     assert list(made["runs"]) == [READ, STREAM, "tepatch, safetensors", "tepatch, direct", PEER]
@@ -57,6 +57,7 @@ def test_every_way_is_measured_in_every_round(run: Run, tiny: Path) -> None:
     assert made["runs"][STREAM]["stages"] == {}
     assert made["threads"] == 3
     assert made["piece_bytes"] == 1 << 20
+    assert made["buffers"] == 5
     assert "limit" in made["advice"][-1]
 
 
