@@ -115,11 +115,12 @@ ALLOCATED, SMALL_ALLOCATION = 512, 1 << 20
 """Bytes: what torch's allocator for GPUs rounds up to, and up to what it has blocks of their own."""
 
 
-def _keeps_blocks_whole() -> bool:
-    """Whether that allocator has been told not to cut large blocks, so that one would be of use to nobody."""
-    return any(
-        "max_split_size_mb" in os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    )
+def _cuts_blocks() -> bool:
+    """Whether that allocator cuts a large block into what it is asked for, and rounds nothing up by much."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    settings = " ".join(os.environ.get(name, "") for name in names)
+    is_usual = "max_split_size_mb" not in settings and "roundup_power2_divisions" not in settings
+    return is_usual and torch.cuda.get_allocator_backend() == "native"
 
 
 class _Load:
@@ -236,12 +237,14 @@ class _Load:
         The driver takes its time for each block that it gives, most of all in a new process. A block that is cut goes
         back to the driver only as a whole.
         """
-        if self.to.device.type != "cuda" or self.to.allocate is not None or _keeps_blocks_whole():
+        if self.to.device.type != "cuda" or self.to.allocate is not None or not _cuts_blocks():
             return
         sizes = (self._nbytes(name) for name in names)
         total = sum(-(-size // ALLOCATED) * ALLOCATED for size in sizes if size > SMALL_ALLOCATION)
-        with contextlib.suppress(torch.OutOfMemoryError):  # there may be room in what is free of its other blocks
-            torch.empty(total, dtype=torch.uint8, device=self.to.device)
+        unused = torch.cuda.memory_reserved(self.to.device) - torch.cuda.memory_allocated(self.to.device)
+        if total > unused:  # else it has blocks enough
+            with contextlib.suppress(RuntimeError):  # not as one block, then: each parameter that has no room says so
+                torch.empty(total, dtype=torch.uint8, device=self.to.device)
 
     def _nbytes(self, name: str) -> int:
         """What a parameter takes, whole or its shard, in bytes."""

@@ -131,12 +131,15 @@ class Stream:
         except BaseException as error:  # an interrupt, too: it comes while this waits in ``finish``
             work.fail(error)
             work.finish()
+            work.failed.clear()  # errors hold frames, and these parameters
             raise
         finally:
             for used in {target.device for target in self._targets.values() if target.is_cuda}:
                 torch.cuda.synchronize(used)
         if work.failed:
-            raise work.failed[0]
+            first = work.failed[0]
+            work.failed.clear()
+            raise first
 
     def verify(self) -> None:
         """Raise ``CheckpointError`` if a file that was read has changed since its header was."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -120,8 +120,8 @@ class Work:
         if stream.looks_ahead:
             self._others.append(self._thread(self._look_ahead, Spent(), "ahead"))
 
-    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> threading.Thread:
-        return threading.Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
+    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> _Thread:
+        return _Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
 
     def start(self) -> None:
         """Start all threads. Raises ``LoadError`` if the system gives no more of them."""
@@ -139,13 +139,15 @@ class Work:
                 ) from None
 
     def fail(self, error: BaseException) -> None:
-        """Have everyone stop, and wait for nothing that will not come."""
+        """Have everyone stop, and wait for nothing that will not come: also those for whom nobody may come again."""
         self.failed.append(error)
         self.whole.put(None)
         self._may_ask.release()
         self._needs_ring.set()
         for _ in self._readers:
-            self._free.put(None)
+            for awaited in (self._free, self.orders, self._to_read):
+                awaited.put(None)
+        self._read.put(None)
 
     def finish(self) -> None:
         """Wait until all that was ordered is done, or given up after a failure, and give the ring back.
@@ -165,9 +167,9 @@ class Work:
 
     def _guarded(self, run: Callable[[Spent], None], total: Spent) -> None:
         spent = Spent()
-        # Or CUDA takes a context, and hundreds of MiB, on the first GPU of the machine too.
-        on = torch.cuda.device(self.stream.device) if self.stream.device.type == "cuda" else nullcontext()
         try:
+            # Or CUDA takes a context, and hundreds of MiB, on the first GPU of the machine too.
+            on = torch.cuda.device(self.stream.device) if self.stream.device.type == "cuda" else nullcontext()
             with torch.no_grad(), on:
                 run(spent)
         except BaseException as error:
@@ -287,10 +289,25 @@ class Work:
             self.whole.put(group)
 
 
-def _join(threads: Iterable[threading.Thread]) -> None:
+class _Thread(threading.Thread):
+    """One whose end can be waited for again after an interrupt: before 3.13 ``join`` takes it for ended then."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.is_over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.is_over.set()
+
+
+def _join(threads: Iterable[_Thread]) -> None:
     """Wait for the end of those that have begun."""
     for thread in threads:
         if thread.ident is not None:
+            thread.is_over.wait()
             thread.join()
 
 

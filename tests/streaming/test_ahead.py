@@ -99,7 +99,7 @@ def test_no_more_is_asked_for_than_a_little_ahead_of_the_readers(
 ) -> None:
     """However much the page cache holds of other files."""
     monkeypatch.setattr(work, "AHEAD_BYTES", 4 * PIECE)
-    made, read, begun, most = sample(), os.preadv, [0], [0]
+    made, read, begun, most, lock = sample(), os.preadv, [0], [0], threading.Lock()
     threads = 2
 
     def counted(file: int, buffers: Any, position: int, flags: int = 0) -> int:
@@ -109,8 +109,9 @@ def test_no_more_is_asked_for_than_a_little_ahead_of_the_readers(
                 return 1
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if not is_cached:
-            most[0] = max(most[0], len(advice) - begun[0])
-            begun[0] += 1
+            with lock:
+                most[0] = max(most[0], len(advice) - begun[0])
+                begun[0] += 1
         else:
             time.sleep(0.001)  # there would be time to ask for all
         return read(file, buffers, position)

@@ -281,40 +281,98 @@ def test_a_file_that_is_written_to_meanwhile_is_told(sample: Make, monkeypatch: 
         load(made, torch.device("cpu"), Reading(threads=2, piece_bytes=256))
 
 
-def test_an_interrupt_stops_all_threads(sample: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the main thread waits for the others, which is where it is most of the time."""
-    made, read, calls = sample(), os.preadv, []
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("seconds", [0.01, 0.4])
+def test_an_interrupt_stops_all_threads(
+    seconds: float, times: int, sample: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the main thread waits for the others, which is where it is most of the time; and while it waits again."""
+    made, read, calls, lock = sample(), os.preadv, [], threading.Lock()
     is_waiting = threading.Event()
-    main = threading.get_ident()
+    main, before = threading.get_ident(), set(sys._current_frames())
 
     def slow(*arguments: Any) -> int:
         if threading.get_ident() != main:
             is_waiting.wait()
-            calls.append(arguments)
-            if len(calls) == 3:
+            with lock:
+                calls.append(arguments)
+                is_third = len(calls) == 3
+            for _ in range(times if is_third else 0):
                 signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.01)
+                time.sleep(0.1)
+            time.sleep(seconds)
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", slow)
     to, reading = Destination(device=device), Reading(threads=2, piece_bytes=64)
     with pytest.raises(KeyboardInterrupt):
         load_tensors(made.plan, made.checkpoint, to=to, reading=reading, progress=False, meanwhile=is_waiting.set)
+    if times == 1:
+        assert set(sys._current_frames()) <= before
+    else:  # who does not want to wait for the threads leaves them to end by themselves
+        until = time.monotonic() + 10
+        while not set(sys._current_frames()) <= before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert set(sys._current_frames()) <= before
     assert len(calls) < sum(info.nbytes for info in made.checkpoint.tensors.values()) // 64
 
 
-def test_a_system_that_gives_no_thread_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, start = sample(), threading.Thread.start
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("name", ["0", "2", "mover", "ring", "ahead"])
+def test_a_system_that_gives_no_thread_is_told(
+    name: str, is_cached: bool, sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, start, read = sample(), threading.Thread.start, os.preadv
 
     def refusing(thread: threading.Thread) -> None:
-        if thread.name == "tepatch-read-2":
+        if thread.name == f"tepatch-read-{name}":
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    def asked(file: int, buffers: Any, position: int, flags: int = 0) -> int:
+        if not flags:
+            return read(file, buffers, position)
+        if is_cached:
+            return 1
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "preadv", asked)
     monkeypatch.setattr(threading.Thread, "start", refusing)
+    if name == "ahead" and is_cached:
+        load(made, torch.device("cpu"), Reading(threads=4))  # no such thread is needed
+        return
     with pytest.raises(LoadError, match=r"no thread can be started for reading[\s\S]*Reading\(threads=1\)"):
         load(made, torch.device("cpu"), Reading(threads=4))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tepatch-read")]
+
+
+def test_memory_comes_back_with_an_error_that_several_threads_have(
+    sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, read, together = sample(), os.preadv, threading.Barrier(3)
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def failing(file: int, buffers: Any, position: int, flags: int = 0) -> int:
+        if flags:
+            return read(file, buffers, position, flags)
+        together.wait(10)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype)
+        kept.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(os, "preadv", failing)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load(made, torch.device("cpu"), Reading(threads=3, piece_bytes=64), allocate=allocate)
+        assert kept
+        assert not [each for each in kept if each() is not None]
+    finally:
+        gc.enable()
 
 
 def test_buffers_are_made_only_if_somebody_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
