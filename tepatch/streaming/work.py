@@ -79,6 +79,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Order:
+    """A piece to read, and what its placements name."""
+
     piece: Piece
     targets: dict[str, Target]
     group: Group | None
