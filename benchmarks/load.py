@@ -8,12 +8,14 @@ Makes a checkpoint (bfloat16, random weights, shards) and loads it again and aga
 own, which has imported everything and has a CUDA context before any clock starts, and in which all is released between
 two loads (collected, the caches of torch's allocators emptied).
 
-- *first*: the first load of the process. It is watched: that is where memory is measured. Private memory is RssAnon at
-  its highest, sampled every 5 ms, minus what the process had before. GPU memory is the allocator's highest, and what
-  the driver says is used (of this GPU, by anybody), minus the same before. Afterwards, outside the clock, each tensor
-  that was loaded is compared with the file's, bit for bit.
+- *first*: the first load of the process. It is watched, which takes time of its own: that is where memory is measured.
+  Private memory is RssAnon at its highest, sampled every 5 ms, minus what the process had before. GPU memory is the
+  allocator's highest, and what the driver says is used (of this GPU, by anybody), minus the same before. Afterwards,
+  outside the clock, each tensor that was loaded is compared with the file's, bit for bit.
 - *warm*: ``--rounds`` loads after it (``--other-rounds`` of those that no target is about), contenders taking turns, so
   that what else the machine does hits all of them; the files are in the page cache. Medians are of these.
+- *fresh*: ``--fresh-rounds`` first loads that nobody watches, each in a process that is new for it, of a few
+  contenders; the files are in the page cache.
 - *cold*: ``--cold-rounds`` loads in turns, the files dropped from the page cache before each.
 
 Limits, in which there is no model: ``read`` (the files' bytes, read by all cores and thrown away),
@@ -42,7 +44,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ PEERS = ("transformers", "accelerate", "te_llama")
 CONTENDERS = (*LIMITS, *OURS, *PEERS)
 MAIN = ("read", "stream", "clone", "tepatch", "tepatch-fp8", "transformers")
 """What targets are about."""
+FRESH = ("stream", "tepatch", "tepatch-fp8", "transformers")
 COLD = ("read", "read-direct", "tepatch", "tepatch-bypass", "transformers")
 PACKAGES = {"fastsafetensors": "fastsafetensors", "runai": "runai_model_streamer", "instanttensor": "instanttensor"}
 
@@ -528,6 +531,9 @@ def run_all(arguments: argparse.Namespace, folder: Path, result: dict[str, Any],
                     runs[name]["warm"].append(processes[name].ask("again"))
                     _settle(runs[name], runs[name]["warm"][-1])
             save()
+        for _ in range(arguments.fresh_rounds):
+            run_fresh([name for name in warm if name in FRESH and "failed" not in runs[name]], arguments, folder, runs)
+            save()
         for _ in range(arguments.cold_rounds):
             for name in usable:
                 if name not in arguments.cold or "failed" in runs[name]:
@@ -537,6 +543,22 @@ def run_all(arguments: argparse.Namespace, folder: Path, result: dict[str, Any],
                 runs[name].setdefault("cold", []).append(cold)
                 _settle(runs[name], cold)
             save()
+    finally:
+        for process in processes.values():
+            process.close()
+
+
+def run_fresh(
+    contenders: Sequence[str], arguments: argparse.Namespace, folder: Path, runs: dict[str, dict[str, Any]]
+) -> None:
+    """One more load of each, the first of a new process."""
+    processes = {name: Process(name, folder, arguments.device) for name in contenders}
+    try:
+        ready = {name: process.ask() for name, process in processes.items()}  # all import at the same time
+        for name, process in processes.items():
+            loaded = ready[name] if "failed" in ready[name] else process.ask("again")
+            runs[name].setdefault("fresh", []).append(loaded)
+            _settle(runs[name], loaded)
     finally:
         for process in processes.values():
             process.close()
@@ -629,7 +651,7 @@ def table(result: dict[str, Any]) -> list[str]:
         if said := run.get("failed") or run.get("skipped"):
             lines.append(f"{line} {'failed' if 'failed' in run else 'skipped'}: {said}")
             continue
-        for kind in ("warm", "cold"):
+        for kind in ("warm", "fresh", "cold"):
             if (seconds := median(run, kind)) == seconds:
                 line += f"  {kind} {seconds:7.3f} ({nbytes / 1e9 / seconds:5.1f} GB/s)"
         if median(run) == median(run) and ours == ours:
@@ -694,6 +716,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--other-rounds", type=int, default=3, help="of contenders that no target is about")
+    parser.add_argument("--fresh-rounds", type=int, default=3, help="of loads that are the first of their process")
     parser.add_argument("--cold-rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--cold", nargs="+", choices=CONTENDERS, default=list(COLD), metavar="CONTENDER")

@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [--results benchmarks/results] [--images docs/images/charts]
 
-``load`` (from load_gpu.json and load_cpu.json), ``sources`` (sources_gpu.json: a run of load.py with all who can read
-in tepatch's place), ``train`` (train_gpu.json) and ``families`` (families_gpu.json), each as SVG and PNG; a chart whose
-results are not there is left out. The same results give the same files, byte for byte, with the same version of
+``load`` (from load_gpu.json and load_cpu.json), ``sources`` (load_gpu.json: who can read in tepatch's place), ``train``
+(train_gpu.json) and ``families`` (families_gpu.json), each as SVG and PNG; a chart whose results are not there is left
+out. The same results give the same files, byte for byte, with the same version of
 matplotlib, which only this script needs.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ NAMES = {
     "tepatch-fp8-current": "tepatch, FP8 (current)",
 }
 TRAINED = {**NAMES, "tepatch-fp8": "tepatch, FP8"}
+OTHER_SOURCES = ("tepatch-safetensors", "tepatch-fastsafetensors", "tepatch-runai", "tepatch-instanttensor")
 GRAY = ("read", "read-direct", "stream", "copy")
 
 
@@ -89,17 +90,29 @@ def load_panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
         size = f"{result['bytes'] / 1e9:.1f} GB to {'the GPU' if result['device'] == 'cuda' else 'CPU memory'}"
         for kind, text in (("warm", "files in the page cache"), ("cold", "from the disk")):
             bars = []
-            for name, run in result["runs"].items():
-                if (name, kind) == ("tepatch-bypass", "warm"):
-                    continue
-                if seconds := [each["seconds"] for each in run.get(kind, ()) if "seconds" in each]:
-                    value = statistics.median(seconds)
-                    label = f"{value:.2f} s   {result['bytes'] / 1e9 / value:.1f} GB/s"
-                    bars.append(Bar(NAMES[name], value, _color(name), label, (min(seconds), max(seconds))))
-            if bars:
-                bars.sort(key=lambda bar: bar.value)
+            left_out = {*OTHER_SOURCES, *(["tepatch-bypass"] if kind == "warm" else [])}
+            names = [name for name in result["runs"] if name not in left_out]
+            if bars := _load_bars(result, kind, names):
                 panels.append(Panel(f"Loading {size}, {text}", _machine(result), bars))
     return panels
+
+
+def source_panels(result: dict[str, Any]) -> list[Panel]:
+    """Seconds until a model is loaded whose files a library has read, or tepatch; none if no library was there."""
+    bars = _load_bars(result, "warm", ("tepatch", *OTHER_SOURCES))
+    title = f"Loading {result['bytes'] / 1e9:.1f} GB to the GPU, files in the page cache, read by a library"
+    return [Panel(title, _machine(result), bars)] if len(bars) > 1 else []
+
+
+def _load_bars(result: dict[str, Any], kind: str, names: Iterable[str]) -> list[Bar]:
+    bars = []
+    for name in names:
+        run = result["runs"].get(name, {})
+        if seconds := [each["seconds"] for each in run.get(kind, ()) if "seconds" in each]:
+            value = statistics.median(seconds)
+            label = f"{value:.2f} s   {result['bytes'] / 1e9 / value:.1f} GB/s"
+            bars.append(Bar(NAMES[name], value, _color(name), label, (min(seconds), max(seconds))))
+    return sorted(bars, key=lambda bar: bar.value)
 
 
 def train_panels(result: dict[str, Any]) -> list[Panel]:
@@ -193,14 +206,14 @@ def charts(results: Path) -> dict[str, list[Panel]]:
     out = {}
     if loads := [found for name in ("load_gpu.json", "load_cpu.json") if (found := read(name))]:
         out["load"] = load_panels(loads)
-    makers: dict[str, Callable[[dict[str, Any]], list[Panel]]] = {
-        "sources": lambda result: load_panels([result]),
-        "train": train_panels,
-        "families": family_panels,
+    makers: dict[str, tuple[str, Callable[[dict[str, Any]], list[Panel]]]] = {
+        "sources": ("load_gpu.json", source_panels),
+        "train": ("train_gpu.json", train_panels),
+        "families": ("families_gpu.json", family_panels),
     }
-    for name, panels in makers.items():
-        if found := read(f"{name}_gpu.json"):
-            out[name] = panels(found)
+    for name, (file, panels) in makers.items():
+        if (found := read(file)) and (drawn := panels(found)):
+            out[name] = drawn
     return out
 
 

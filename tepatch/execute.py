@@ -9,8 +9,6 @@ that fails has touched no module.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,18 +109,6 @@ def load_tensors(
     return load.out, Timing(bytes_read=load.bytes_read, seconds=seconds, stages=load.stages, notes=tuple(load.notes))
 
 
-ALLOCATED, SMALL_ALLOCATION = 512, 1 << 20
-"""Bytes: what torch's allocator for GPUs rounds up to, and up to what it has blocks of their own."""
-
-
-def _cuts_blocks() -> bool:
-    """Whether that allocator cuts a large block into what it is asked for, and rounds nothing up by much."""
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    settings = " ".join(os.environ.get(name, "") for name in names)
-    is_usual = "max_split_size_mb" not in settings and "roundup_power2_divisions" not in settings
-    return is_usual and torch.cuda.get_allocator_backend() == "native"
-
-
 class _Load:
     """One load under way."""
 
@@ -159,7 +145,6 @@ class _Load:
             try:
                 by_bytes = {tensor.name for tensor in streamed}
                 filled = {copy.target for copy in self.plan.copies if copy.source in by_bytes} - self.to.seals.keys()
-                self._make_room(filled)
                 stream.reserve(name for name in self.plan.writes if name in filled)
                 groups = self._groups(streamed, staged)
                 stream.run(groups, self._seal, {name: self._nbytes(name) for name in staged}, self.meanwhile)
@@ -230,21 +215,6 @@ class _Load:
                 tensor.as_strided(step.sizes, step.write_strides, step.write_offset).fill_(fill.value)
         self.out[name] = tensor
         return tensor
-
-    def _make_room(self, names: Iterable[str]) -> None:
-        """Have torch's allocator take at once what these parameters need of a GPU, and cut it into them later.
-
-        The driver takes its time for each block that it gives, most of all in a new process. A block that is cut goes
-        back to the driver only as a whole.
-        """
-        if self.to.device.type != "cuda" or self.to.allocate is not None or not _cuts_blocks():
-            return
-        sizes = (self._nbytes(name) for name in names)
-        total = sum(-(-size // ALLOCATED) * ALLOCATED for size in sizes if size > SMALL_ALLOCATION)
-        unused = torch.cuda.memory_reserved(self.to.device) - torch.cuda.memory_allocated(self.to.device)
-        if total > unused:  # else it has blocks enough
-            with contextlib.suppress(RuntimeError):  # not as one block, then: each parameter that has no room says so
-                torch.empty(total, dtype=torch.uint8, device=self.to.device)
 
     def _nbytes(self, name: str) -> int:
         """What a parameter takes, whole or its shard, in bytes."""

@@ -176,7 +176,8 @@ def test_the_loading_benchmark_measures_all_that_it_is_asked_for(
     output = tmp_path / "result.json"
     contenders = ["read", "read-direct", "tepatch", "transformers"]
     command = [loading.__file__, "--device", "cpu", "--shape", "tiny", "--rounds", "2", "--cold-rounds", "1"]
-    command += ["--folder", str(tmp_path), "--four-times", "--output", str(output), "--contenders", *contenders]
+    command += ["--fresh-rounds", "1", "--folder", str(tmp_path), "--four-times", "--output", str(output)]
+    command += ["--contenders", *contenders]
     monkeypatch.setattr(sys, "argv", command)
     loading.main()
     written = json.loads(output.read_text())
@@ -187,6 +188,11 @@ def test_the_loading_benchmark_measures_all_that_it_is_asked_for(
         assert len(runs[name]["cold"]) == 1
         assert runs[name]["first"]["private_bytes"] >= 0
     assert "warm" not in runs["read-direct"]
+    assert [name for name in runs if "fresh" in runs[name]] == ["tepatch", "transformers"]
+    for name in ("tepatch", "transformers"):
+        (fresh,) = runs[name]["fresh"]
+        assert fresh["seconds"] > 0
+        assert "private_bytes" not in fresh  # nobody watched
     assert runs["tepatch"]["first"]["differing"] == runs["transformers"]["first"]["differing"] == []
     assert runs["tepatch"]["warm"][0]["stages"]["load"] > 0
     assert written["quarter"]["bytes"] < written["bytes"]
@@ -391,6 +397,18 @@ def test_a_chart_without_results_is_left_out_and_medians_are_what_is_drawn(repor
     (panel,) = found["load"]
     assert panel.title == "Loading 10.0 GB to the GPU, files in the page cache"
     assert [(bar.value, bar.label) for bar in panel.bars] == [(0.5, "0.50 s   20.0 GB/s"), (2.0, "2.00 s   5.0 GB/s")]
+
+
+def test_libraries_that_read_have_a_chart_of_their_own(report: ModuleType, tmp_path: Path) -> None:
+    runs = {name: loaded(seconds, 9.0) for seconds, name in enumerate(("stream", "tepatch", "tepatch-runai"), start=1)}
+    result = {"bytes": 10**10, "device": "cuda", "machine": {"card": "a card"}, "runs": runs}
+    result["versions"] = {"torch": "2", "transformers": "5"}
+    (tmp_path / "load_gpu.json").write_text(json.dumps(result))
+    found = report.charts(tmp_path)
+    assert [[bar.name for bar in panel.bars] for panel in found["load"]] == 2 * [[report.NAMES["stream"], "tepatch"]]
+    assert [[bar.name for bar in panel.bars] for panel in found["sources"]] == [
+        ["tepatch", report.NAMES["tepatch-runai"]]
+    ]
 
 
 def test_every_contender_and_peer_has_a_name_on_the_charts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,21 +214,30 @@ class ByteReader:
 def is_cached(stamp: FileStamp) -> bool:
     """Whether the page cache holds a file, as far as some bytes of it tell; False where the system does not say.
 
-    Asking for what it does not hold has the system read that page: ask once. A file that can not be opened is not
-    cached; whoever reads it says why.
+    A file that can not be opened is not cached; whoever reads it says why.
     """
     try:
-        file = os.open(stamp.path, os.O_RDONLY)
+        return all(cached_bytes(stamp.path, every=_SAMPLE_EVERY))
     except OSError:
         return False
+
+
+def cached_bytes(path: Path, *, every: int) -> Iterator[bool]:
+    """Whether the page cache holds a file's last byte, and one in each ``every``.
+
+    Asking for what it does not hold has the system read that page: ask once. Raises ``OSError`` where the system does
+    not say, or the file can not be opened.
+    """
+    file = os.open(path, os.O_RDONLY)
     try:
-        for position in (*range(_SAMPLE_EVERY // 2, stamp.size, _SAMPLE_EVERY), stamp.size - 1):
-            os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT)
-    except OSError:  # it would have to wait, or there is no such question on this file system
-        return False
+        size = os.fstat(file).st_size
+        for position in (*range(every // 2, size, every), *([size - 1] if size else [])):
+            try:
+                yield os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
+                yield False
     finally:
         os.close(file)
-    return True
 
 
 class PickledReader:

@@ -136,7 +136,8 @@ def load(
         ours = next(each for each in contenders if each.name.startswith("tepatch, "))
         settled = next(iter(readings.values()))
         num_threads = settled.num_threads
-        said = advice(ours.median, ours.stages, medians, is_cold=cold, threads=num_threads)
+        is_gpu = target.type == "cuda"
+        said = advice(ours.median, ours.stages, medians, is_cold=cold, is_gpu=is_gpu, threads=num_threads)
         result = {
             "checkpoint": location,
             "device": str(target),
@@ -165,7 +166,13 @@ def load(
 
 
 def advice(
-    ours: float, stages: Mapping[str, float], medians: Mapping[str, float], *, is_cold: bool, threads: int
+    ours: float,
+    stages: Mapping[str, float],
+    medians: Mapping[str, float],
+    *,
+    is_cold: bool,
+    is_gpu: bool,
+    threads: int,
 ) -> list[str]:
     """What holds a load up that took ``ours`` seconds, and what can be done about it; a sentence each."""
     limits = {name: medians[name] for name in (READ, PAST, STREAM) if name in medians}
@@ -182,6 +189,11 @@ def advice(
         out.append("the disk is the limit: only a faster one, or files that are in memory already, would help")
     elif ours <= NEAR * max(limits.values()):
         out.append(f"moving the bytes is the limit: more cores may help ({threads} threads now)")
+    elif most == "place" and is_gpu:
+        out.append(
+            "sending is the limit, which one thread does for a GPU: larger pieces (--piece-mib) are fewer to send, and"
+            " so are values in the model's own dtype and order (convert them once with 'tepatch convert')"
+        )
     elif most == "place":
         out.append(
             "putting values in another dtype or order is the limit: load in the checkpoint's own dtype, or convert it"

@@ -19,7 +19,7 @@ import torch
 
 from tepatch.assembly import is_out_of_memory
 from tepatch.checkpoint import Checkpoint
-from tepatch.checkpoint.reading import BLOCK, FileStamp
+from tepatch.checkpoint.reading import BLOCK, FileStamp, cached_bytes
 from tepatch.errors import CheckpointError, LoadError, Problem
 from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.plan import Plan, Step
@@ -158,23 +158,11 @@ def forget(paths: Iterable[Path]) -> None:
 
 def cached_share(paths: Iterable[Path]) -> float | None:
     """The part of these files in the page cache, by a byte in each MiB; None where the system does not say."""
-    seen: list[bool] = []
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            seen += [_is_cached(file, position) for position in range(0, os.fstat(file).st_size, MIB)]
-        except OSError:  # not on this file system
-            return None
-        finally:
-            os.close(file)
-    return sum(seen) / max(1, len(seen))
-
-
-def _is_cached(file: int, position: int) -> bool:
     try:
-        return os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
+        seen = [is_held for path in paths for is_held in cached_bytes(path, every=MIB)]
+    except OSError:  # not on this file system
+        return None
+    return sum(seen) / max(1, len(seen))
 
 
 def _pieces(files: dict[str, FileStamp], piece_bytes: int) -> Iterator[Piece]:

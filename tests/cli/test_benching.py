@@ -23,22 +23,24 @@ STAGES = {"build": 0.05, "plan": 0.05, "load": 0.9, "install": 0.0, "allocate": 
 
 
 @pytest.mark.parametrize(
-    ("limits", "stages", "is_cold", "expected"),
+    ("limits", "stages", "where", "expected"),
     [
-        ({READ: 0.1, STREAM: 0.2}, {"load": 0.3}, False, "Python is the limit: 0.70 s of 1.00 s"),
-        ({READ: 0.9, STREAM: 0.95}, {}, True, "the disk is the limit"),
-        ({READ: 1.5, PAST: 0.9, STREAM: 1.5}, {}, True, "the disk is the limit"),
-        ({READ: 0.2, STREAM: 0.9}, {}, False, "moving the bytes is the limit"),
-        ({READ: 0.2, STREAM: 0.3}, {"place": 0.5}, False, "another dtype or order is the limit"),
-        ({READ: 0.2, STREAM: 0.3}, {"copy": 0.5}, False, "copies to the GPU are the limit"),
-        ({READ: 0.2, STREAM: 0.3}, {"allocate": 0.5}, False, "taking memory for the parameters is the limit"),
-        ({READ: 0.2, STREAM: 0.3}, {"read": 0.5}, True, "reading is the limit, but not at its best"),
+        ({READ: 0.1, STREAM: 0.2}, {"load": 0.3}, "", "Python is the limit: 0.70 s of 1.00 s"),
+        ({READ: 0.9, STREAM: 0.95}, {}, "cold", "the disk is the limit"),
+        ({READ: 1.5, PAST: 0.9, STREAM: 1.5}, {}, "cold", "the disk is the limit"),
+        ({READ: 0.2, STREAM: 0.9}, {}, "", "moving the bytes is the limit"),
+        ({READ: 0.2, STREAM: 0.3}, {"place": 0.5}, "", "another dtype or order is the limit"),
+        ({READ: 0.2, STREAM: 0.3}, {"place": 0.5}, "gpu", "larger pieces (--piece-mib) are fewer to send"),
+        ({READ: 0.2, STREAM: 0.3}, {"copy": 0.5}, "gpu", "copies to the GPU are the limit"),
+        ({READ: 0.2, STREAM: 0.3}, {"allocate": 0.5}, "", "taking memory for the parameters is the limit"),
+        ({READ: 0.2, STREAM: 0.3}, {"read": 0.5}, "cold", "reading is the limit, but not at its best"),
     ],
 )
 def test_the_advice_names_what_a_load_waits_for(
-    limits: dict[str, float], stages: dict[str, float], is_cold: bool, expected: str
+    limits: dict[str, float], stages: dict[str, float], where: str, expected: str
 ) -> None:
-    said = advice(1.0, {**STAGES, "place": 0.0, **stages}, limits, is_cold=is_cold, threads=4)
+    is_cold, is_gpu = "cold" in where, "gpu" in where
+    said = advice(1.0, {**STAGES, "place": 0.0, **stages}, limits, is_cold=is_cold, is_gpu=is_gpu, threads=4)
     assert expected in said[-1]
     assert [line.split()[0] for line in said[:-1]] == [f"{1 / seconds:.2f}" for seconds in limits.values()]
 

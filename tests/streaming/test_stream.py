@@ -488,50 +488,6 @@ def test_too_little_memory_of_a_gpu_is_told_and_given_back(is_assembled: bool, s
     assert torch.cuda.memory_allocated() == before
 
 
-def load_six(folder: Path) -> dict[str, torch.Tensor]:
-    """Six parameters of 12 MiB, to a GPU: each is as much as torch's allocator asks the driver for by itself."""
-    names = [f"w{i}" for i in range(6)]
-    save_file({name: torch.randn(3 << 20) for name in names}, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder / "model.safetensors")
-    plan = make_plan(
-        parse_mapping(f"version: 1\nparameters: {{{', '.join(f'{name}: same' for name in names)}}}", name="m.yaml"),
-        config={},
-        sources=checkpoint.tensors,
-        targets={name: Spec((3 << 20,), "F32") for name in names},
-    )
-    return load_tensors(plan, checkpoint, to=Destination(device=torch.device("cuda", 0)), progress=False)[0]
-
-
-def blocks() -> int:
-    """How often that allocator has asked for a large block."""
-    return int(torch.cuda.memory_stats()["segment.large_pool.allocated"])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("settings", ["", "max_split_size_mb:20", "roundup_power2_divisions:4"])
-def test_a_gpu_is_asked_for_memory_once_unless_its_blocks_stay_whole(
-    settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)  # torch itself has read it long ago
-    torch.cuda.empty_cache()
-    before, reserved = blocks(), torch.cuda.memory_reserved()
-    loaded = load_six(tmp_path)
-    assert blocks() - before == (6 if settings else 1)
-    assert torch.cuda.memory_reserved() - reserved <= 6 * (12 << 20) + (8 << 20 if settings else 2 << 20)
-    assert all(tensor.is_cuda for tensor in loaded.values())
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_asked_for_no_memory_where_there_is_enough(tmp_path: Path) -> None:
-    torch.cuda.empty_cache()
-    held = [torch.empty(3 << 20, device="cuda") for _ in range(6)]
-    del held
-    before = blocks()
-    loaded = load_six(tmp_path)
-    assert len(loaded) == 6
-    assert blocks() == before
-
-
 @pytest.mark.gpu
 def test_copies_to_a_gpu_are_from_pinned_memory(sample: Make) -> None:
     from tepatch.streaming.memory import HostMemory
