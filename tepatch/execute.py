@@ -101,7 +101,7 @@ def load_tensors(
                 where=plan.location,
                 what=f"out of memory{on} after reading {load.bytes_read:,} of {plan.source_bytes:,} bytes",
                 expected=f"{plan.target_bytes:,} bytes for the model's parameters",
-                found=str(error).splitlines()[0],
+                found=(str(error) or type(error).__name__).splitlines()[0],  # Python says nothing
                 fix="use a device with more memory or a smaller dtype; nothing was kept of this load",
             )
         ) from None
@@ -154,7 +154,7 @@ class _Load:
                 if comparing:
                     stream.run({"": comparing})
                 self._compare_named(named, bar)
-                for name in self.to.seals.keys() - staged:
+                for name in self.to.seals.keys() - (staged & groups.keys()):  # also those with nothing to read
                     self._seal(name, self.out[name])
                 self._settle_doubts(stream)
                 stream.verify()

@@ -24,7 +24,7 @@ from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
 from tepatch.hf.projections import install_projections
-from tepatch.hf.sharding import Parallelize, shard
+from tepatch.hf.sharding import Parallelize, check_mesh, shard
 from tepatch.hf.state import attach
 from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
@@ -110,6 +110,8 @@ def load(
                 found=repr(reading),
             )
         )
+    if reading is not None:
+        reading.refuse_unused()
     checkpoint = open_checkpoint(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
@@ -322,6 +324,7 @@ def _execute(
                 fix="leave device out, or pass backend='reference'",
             )
         )
+    check_mesh(job.model, target)
     if isinstance(job.checkpoint, FreshWeights | Completed):
         job.checkpoint.device = target
     if target.type == "cuda" and _free_memory(target) < job.reading.target_bytes:

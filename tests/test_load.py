@@ -498,7 +498,10 @@ def test_settings_reach_the_reader_and_the_report_tells_the_time(tiny_llama: Mak
     assert 0 < seconds["read"] < seconds["load"]
 
 
-def test_buffers_that_no_memory_holds_are_told(tiny_llama: Make, save_checkpoint: Save) -> None:
-    too_large = tepatch.Reading(threads=1, piece_bytes=1 << 60)
-    with pytest.raises(LoadError, match=r"out of memory[\s\S]*for a buffer"):
-        load(save_checkpoint(tiny_llama()), dtype=torch.bfloat16, reading=too_large)  # another dtype needs a buffer
+@pytest.mark.parametrize("setting", [{"threads": 2}, {"piece_bytes": 4096}, {"buffers": 3}, {"cache": "bypass"}])
+def test_settings_that_a_library_would_ignore_are_refused(
+    setting: dict[str, Any], tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    reading = tepatch.Reading(source="safetensors", **setting)
+    with pytest.raises(PlanError, match=rf"reading\.{next(iter(setting))}: has no meaning with source='safetensors'"):
+        load(save_checkpoint(tiny_llama()), reading=reading)

@@ -386,7 +386,7 @@ def test_the_cpu_has_no_number(tiny_llama: Make, save_checkpoint: Save) -> None:
     assert torch.equal(model(IDS).logits, load(folder)(IDS).logits)
 
 
-@pytest.mark.parametrize("device", [["cpu"], {"": "cpu"}, object()])
+@pytest.mark.parametrize("device", [["cpu"], {"": "cpu"}, object(), "hpu", "privateuseone"])
 def test_what_is_no_device_is_named(device: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
     with pytest.raises(BackendError, match="this device can not be used"):
         load(save_checkpoint(tiny_llama()), device=device)

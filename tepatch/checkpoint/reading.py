@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,22 +123,31 @@ class ByteReader:
     def __init__(self, stamp: FileStamp, *, past_cache: bool = False) -> None:
         """With ``past_cache``, ``can_bypass`` is true where the file system has reads past the page cache."""
         self.stamp = stamp
+        self._opened: list[FileIO] = []
         self._direct: int | None = None
         try:
-            self._file = os.open(stamp.path, os.O_RDONLY)
+            self._file = self._open(os.O_RDONLY)
         except OSError as error:
             stamp.verify()  # a file that is gone is told as that
-            raise CheckpointError(Problem(where=stamp.where, what="cannot be opened", found=str(error))) from error
+            raise CheckpointError(
+                Problem(
+                    where=stamp.where,
+                    what="cannot be opened",
+                    found=str(error),
+                    fix="check its permissions (ls -l), and how many files may be open (ulimit -n)",
+                )
+            ) from error
         # Only now: what is put in its place between a check and the opening would be read in its stead.
         try:
             stamp.verify()
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read ahead further
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
+        with contextlib.suppress(OSError):  # this file system takes no advice
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read ahead further
         if past_cache:
             with contextlib.suppress(OSError):  # this file system has none
-                self._direct = os.open(stamp.path, os.O_RDONLY | os.O_DIRECT)
+                self._direct = self._open(os.O_RDONLY | os.O_DIRECT)
 
     @property
     def can_bypass(self) -> bool:
@@ -206,9 +216,17 @@ class ByteReader:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._file)
-        if self._direct is not None:
-            os.close(self._direct)
+        for each in self._opened:
+            each.close()
+
+    def __del__(self) -> None:
+        """If an interrupt has come before anybody could ``close``."""
+        self.close()
+
+    def _open(self, flags: int) -> int:
+        file = open(self.stamp.path, "rb", buffering=0, opener=lambda path, _: os.open(path, flags))  # noqa: SIM115
+        self._opened.append(file)
+        return file.fileno()
 
 
 def is_cached(stamp: FileStamp) -> bool:
@@ -228,16 +246,13 @@ def cached_bytes(path: Path, *, every: int) -> Iterator[bool]:
     Asking for what it does not hold has the system read that page: ask once. Raises ``OSError`` where the system does
     not say, or the file can not be opened.
     """
-    file = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(file).st_size
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         for position in (*range(every // 2, size, every), *([size - 1] if size else [])):
             try:
-                yield os.preadv(file, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+                yield os.preadv(file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT) == 1
             except BlockingIOError:
                 yield False
-    finally:
-        os.close(file)
 
 
 class PickledReader:

@@ -53,6 +53,9 @@ def resolve(
     if subfolder:
         file_inside(path, subfolder)
         path = path / subfolder
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        what, fix = "this folder can not be read", "check its permissions (ls -ld)"
+        raise CheckpointError(Problem(where=str(path), what=what, fix=fix))
     wanted = _candidates(variant, use_safetensors=use_safetensors)
     if os.path.lexists(path / MANIFEST):
         # Converted weights are safetensors: True restricts nothing, and False would be ignored.
@@ -95,6 +98,9 @@ def _path(location: object) -> Path:
         path = Path(location)
         try:
             path.is_file()
+        except PermissionError:
+            what, fix = "a folder on the way to it can not be entered", "check permissions (namei -l)"
+            raise CheckpointError(Problem(where=str(path), what=what, fix=fix)) from None
         except (OSError, ValueError) as error:  # too long, or a NUL in it
             what = f"this is no location of a checkpoint: {error.args[-1]}"
     if what:

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,13 +81,16 @@ def load(
         int | None,
         typer.Option(
             min=1,
+            max=1024,
             help=f"Threads that read. Default: the cores here, {THREADS_CACHED} at most ({THREADS_UNCACHED}: --cold).",
         ),
     ] = None,
-    piece_mib: Annotated[int, typer.Option("--piece-mib", min=1, help="MiB that a thread reads at once.")] = 8,
+    piece_mib: Annotated[
+        int, typer.Option("--piece-mib", min=1, max=1024, help="MiB that a thread reads at once.")
+    ] = 8,
     buffers: Annotated[
         int | None,
-        typer.Option(min=1, help="Pieces that may be in memory at once. Default: twice the threads."),
+        typer.Option(min=1, max=65_536, help="Pieces that may be in memory at once. Default: twice the threads."),
     ] = None,
     with_transformers: Annotated[
         bool, typer.Option("--with-transformers", help="Also measure transformers' from_pretrained.")
@@ -117,25 +120,23 @@ def load(
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         is_te = backend != "reference" and probe().usable
         target = check_device(device or ("cuda" if is_te else "cpu"))
-        asked = Reading(threads=threads, piece_bytes=piece_mib * MIB, buffers=buffers)
+        reading = Reading(threads=threads, piece_bytes=piece_mib * MIB, buffers=buffers).settled(is_cached=not cold)
         readings = {
-            name: replace(asked, source=name).settled(is_cached=not cold)
-            for name in dict.fromkeys(source or ["direct"])
+            name: reading if name == "direct" else Reading(source=name) for name in dict.fromkeys(source or ["direct"])
         }
         checkpoint = open_checkpoint(location)
         given = {"dtype": dtype, "device": target, "backend": backend}
-        contenders, notes = _contenders(checkpoint, readings, target, is_cold=cold, with_transformers=with_transformers)
-        for name, reading in readings.items():
-            contenders.append(Contender(f"tepatch, {name}", _loads(chosen, location, reading, given)))
+        contenders, notes = _contenders(checkpoint, reading, target, is_cold=cold, with_transformers=with_transformers)
+        for name, each in readings.items():
+            contenders.append(Contender(f"tepatch, {name}", _loads(chosen, location, each, given)))
         if with_transformers:
-            contenders.append(Contender(PEER, _stock_loads(checkpoint, target)))
+            contenders.append(Contender(PEER, _stock_loads(checkpoint, target, dtype)))
         paths = [stamp.path for stamp in _byte_files(checkpoint)]
         nbytes = sum(stamp.size for stamp in _byte_files(checkpoint))
         _measure(contenders, rounds, paths if cold else [], notes, total=nbytes, progress=False if quiet else None)
         medians = {each.name: each.median for each in contenders}
         ours = next(each for each in contenders if each.name.startswith("tepatch, "))
-        settled = next(iter(readings.values()))
-        num_threads = settled.num_threads
+        num_threads = reading.num_threads
         is_gpu = target.type == "cuda"
         said = advice(ours.median, ours.stages, medians, is_cold=cold, is_gpu=is_gpu, threads=num_threads)
         result = {
@@ -145,7 +146,7 @@ def load(
             "is_cold": cold,
             "threads": num_threads,
             "piece_bytes": piece_mib * MIB,
-            "buffers": settled.num_buffers,
+            "buffers": reading.num_buffers,
             "runs": {
                 each.name: {
                     "seconds": each.seconds,
@@ -179,7 +180,8 @@ def advice(
     out = [f"{ours / seconds:.2f} x the time of '{name}'" for name, seconds in limits.items()]
     read = min(seconds for name, seconds in limits.items() if name != STREAM)
     model = ours - stages["load"]
-    most = max(("read", "copy", "place", "allocate"), key=stages.__getitem__)
+    parts = ("read", "copy", "place", "allocate")
+    most = max(parts, key=stages.__getitem__)
     if model > 0.4 * ours:
         out.append(
             f"Python is the limit: {model:.2f} s of {ours:.2f} s go to building and planning the model, which does"
@@ -189,6 +191,8 @@ def advice(
         out.append("the disk is the limit: only a faster one, or files that are in memory already, would help")
     elif ours <= NEAR * max(limits.values()):
         out.append(f"moving the bytes is the limit: more cores may help ({threads} threads now)")
+    elif not any(stages[name] for name in parts):
+        out.append("what it waits for is not known, as a library reads: compare it with --source direct")
     elif most == "place" and is_gpu:
         out.append(
             "sending is the limit, which one thread does for a GPU: larger pieces (--piece-mib) are fewer to send, and"
@@ -218,7 +222,7 @@ def _byte_files(checkpoint: FolderCheckpoint) -> list[Any]:
 
 def _contenders(
     checkpoint: FolderCheckpoint,
-    readings: Mapping[str, Reading],
+    reading: Reading,
     device: torch.device,
     *,
     is_cold: bool,
@@ -231,8 +235,6 @@ def _contenders(
     if with_transformers and checkpoint.manifest is not None:
         what = "transformers can not load the layout that 'tepatch convert' made"
         raise PlanError(Problem(where=checkpoint.location, what=what, fix="leave --with-transformers out"))
-    reading = next(iter(readings.values()))
-
     out, notes = [Contender(READ, lambda: (read_bytes(checkpoint, reading), {}))], []
     if is_cold:
         try:
@@ -255,16 +257,15 @@ def _loads(patch: Any, location: str, reading: Reading, given: Mapping[str, Any]
     return run
 
 
-def _stock_loads(checkpoint: FolderCheckpoint, device: torch.device) -> Run:
-    import transformers
+def _stock_loads(checkpoint: FolderCheckpoint, device: torch.device, dtype: str) -> Run:
+    from tepatch.hf.config import model_class, read_config
 
     folder = checkpoint.config_folder
-    config = transformers.AutoConfig.from_pretrained(folder)
-    stock = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    stock: Any = model_class(read_config(folder))
 
     def run() -> tuple[object, Mapping[str, float]]:
         placed = {} if device.type == "cpu" else {"device_map": str(device)}
-        model = stock.from_pretrained(folder, local_files_only=True, **placed)
+        model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed)
         for parameter in model.parameters() if device.type == "cpu" else ():
             parameter.data = parameter.data.clone()  # left mapped to the file, it would not be read yet
         return model, {}

@@ -166,12 +166,12 @@ def check_device(device: Any) -> torch.device:
         if out.type == "cuda" and out.index is None:
             out = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=out).item()  # a device may exist and still hold no values
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them
+    except Exception as error:  # torch raises any, ModuleNotFoundError too
         raise BackendError(
             Problem(
                 where=f"device={device}",
                 what="this device can not be used",
-                found=str(error).splitlines()[0],
+                found=(str(error) or type(error).__name__).splitlines()[0].partition(". ")[0],  # not all its advice
                 fix="pass a device that torch has here, or leave it out",
             )
         ) from None

@@ -6,13 +6,14 @@ A model is sharded while it is on the meta device, by whatever makes DTensors of
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tepatch.errors import LoadError, PlanError, Problem
+from tepatch.errors import PlanError, Problem
 from tepatch.hf.named import named_tensors
 from tepatch.streaming.shards import Cut
 
@@ -26,15 +27,20 @@ Parallelize = Callable[[Any], Any]
 def shard(model: PreTrainedModel, parallelize: Parallelize) -> dict[str, list[Cut]]:
     """Have ``parallelize`` shard a model on the meta device; gives the cuts of each parameter that it made a DTensor.
 
-    Raises ``PlanError`` if it fails, leaves the meta device, or places a parameter in a way that is no slice of it.
+    Raises ``PlanError`` if it fails, leaves the meta device, does more than shard, or places a parameter in a way that
+    is no slice of it.
     """
-    before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+    before = _forms(model)
     try:
-        parallelize(model)
+        answer = parallelize(model)
     except Exception as error:  # the caller's own code
         raise _problem("parallelize failed", found=f"{type(error).__name__}: {error}") from error
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise _problem("parallelize is asynchronous, and nobody would wait for it", fix="pass an ordinary function")
     after = named_tensors(model)
-    if changed := [name for name, shape in before.items() if name not in after or after[name].shape != shape]:
+    now = _forms(model)
+    if changed := [name for name in before | now if before.get(name) != now.get(name)]:
         raise _problem("parallelize changed parameters in another way than by sharding them", details=changed)
     if filled := [name for name, tensor in after.items() if name in before and not tensor.is_meta]:
         raise _problem(
@@ -43,6 +49,26 @@ def shard(model: PreTrainedModel, parallelize: Parallelize) -> dict[str, list[Cu
             fix="only shard the model, and leave it on the meta device: weights are loaded afterwards",
         )
     return {name: cuts for name, tensor in after.items() if (cuts := cuts_of(name, tensor)) is not None}
+
+
+def check_mesh(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ``PlanError`` if a model is sharded over another kind of device than its weights go to."""
+    for name, tensor in named_tensors(model).items():
+        if not _is_dtensor(tensor):
+            continue
+        sharded: Any = tensor
+        if (kind := sharded.device_mesh.device_type) != device.type:
+            raise _problem(
+                "the model is sharded over another kind of device than its weights go to",
+                details=[name],
+                expected=str(device.type),
+                found=kind,
+                fix="shard over a mesh of that kind, or pass the device of this process",
+            )
+
+
+def _forms(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in named_tensors(model).items()}
 
 
 def cuts_of(name: str, tensor: torch.Tensor) -> list[Cut] | None:
@@ -92,16 +118,6 @@ def like_sharded(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     sharded: Any = like
-    if local.device.type != sharded.device_mesh.device_type:
-        raise LoadError(
-            Problem(
-                where="device",
-                what="the weights are on another kind of device than the mesh that the model is sharded over",
-                expected=sharded.device_mesh.device_type,
-                found=str(local.device),
-                fix="pass the device of this process, or shard over a mesh of its kind",
-            )
-        )
     out: torch.Tensor = DTensor.from_local(
         local,
         sharded.device_mesh,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from types import TracebackType
 from typing import Any
 
 import torch
+
+from tepatch.errors import LoadError, Problem
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
@@ -16,15 +19,24 @@ class HostMemory:
 
     Registering memory of one's own takes a tenth of the time of ``torch.empty(pin_memory=True)``, which also keeps
     what it once had. Where the system does not let that much be pinned, the memory is ordinary: copies from it work,
-    and are slower; ``is_pinned`` says so. Raises ``MemoryError``.
+    and are slower; ``is_pinned`` says so. Raises ``LoadError`` with ``where`` it was needed if there is no memory.
     """
 
-    def __init__(self, nbytes: int, *, is_pinned: bool) -> None:
+    def __init__(self, nbytes: int, *, is_pinned: bool, where: str = "a buffer") -> None:
         try:
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
-            raise MemoryError(f"the system gives no {nbytes:,} bytes for a buffer: {error}") from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+            raise LoadError(
+                Problem(
+                    where=where,
+                    what="out of memory on the host for a buffer to read into",
+                    expected=f"{nbytes:,} bytes",
+                    found=str(error),
+                    fix="give this process more (ulimit -v, or the container's limit), or have fewer and smaller ones:"
+                    " Reading(threads=1, buffers=1, piece_bytes=1 << 20)",
+                )
+            ) from error
+        with contextlib.suppress(OSError, AttributeError):  # a kernel that has them not refuses
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)

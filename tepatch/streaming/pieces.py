@@ -225,15 +225,14 @@ def _cut_outermost(parts: Parts, limit: int) -> Iterator[Parts]:
 
 def _outermost(step: Step) -> tuple[int, int]:
     """Size and stride of the dimension with the largest stride in what is read."""
-    stride, size, _ = max(
-        (s, n, -d) for d, (s, n) in enumerate(zip(step.read_strides, step.sizes, strict=True)) if n > 1
-    )
-    return size, stride
+    at = _dimension(step)
+    return step.sizes[at], step.read_strides[at]
 
 
 def _dimension(step: Step) -> int:
-    """Where in ``sizes`` that dimension is."""
-    return -max((s, n, -d) for d, (s, n) in enumerate(zip(step.read_strides, step.sizes, strict=True)) if n > 1)[2]
+    """Where in ``sizes`` that dimension is; the first if there is but one element."""
+    strides = zip(step.read_strides, step.sizes, strict=True)
+    return -max(((s, n, -d) for d, (s, n) in enumerate(strides) if n > 1), default=(0, 0, 0))[2]
 
 
 def _inner(step: Step) -> Step:

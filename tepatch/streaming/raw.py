@@ -6,6 +6,7 @@ are its two halves alone. And the page cache, which decides what a measured read
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import time
@@ -104,7 +105,7 @@ def read_bytes(checkpoint: Checkpoint, reading: Reading, *, is_direct: bool = Fa
 
     def work(_: int) -> int:
         done = 0
-        with HostMemory(piece_bytes, is_pinned=False) as memory:
+        with HostMemory(piece_bytes, is_pinned=False, where=checkpoint.location) as memory:
             while True:
                 try:
                     stamp, file, position = left.get_nowait()
@@ -160,8 +161,10 @@ def cached_share(paths: Iterable[Path]) -> float | None:
     """The part of these files in the page cache, by a byte in each MiB; None where the system does not say."""
     try:
         seen = [is_held for path in paths for is_held in cached_bytes(path, every=MIB)]
-    except OSError:  # not on this file system
-        return None
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not on this file system
+            return None
+        raise
     return sum(seen) / max(1, len(seen))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tepatch.errors import PlanError, Problem
@@ -14,19 +14,20 @@ THREADS_CACHED, THREADS_UNCACHED = 8, 16
 at once."""
 SOURCES = ("direct", "safetensors", "fastsafetensors", "runai", "instanttensor")
 CACHES = ("use", "bypass")
+_BOUNDS = {"threads": (1, 1024), "piece_bytes": (64, 1 << 30), "buffers": (1, 1 << 16)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How files are read. None stands for what suits this machine. Private memory: ``buffers * (piece_bytes + 8 KiB)``.
+    """How files are read. None stands for what suits this machine.
 
-    Raises ``PlanError`` for numbers that make no sense.
+    Private memory: ``buffers * (piece_bytes + 12 KiB)`` at most. Raises ``PlanError`` for numbers that make no sense.
     """
 
     source: str = "direct"
     """Who reads: ``direct`` (threads of our own, into pinned memory or into the parameters themselves), or a library:
     ``safetensors`` (memory maps), ``fastsafetensors``, ``runai`` (runai-model-streamer) or ``instanttensor``, if it is
-    installed; for files that are safetensors."""
+    installed; for files that are safetensors. What follows is for ``direct`` alone."""
     threads: int | None = None
     """Threads that read. Default: the CPU cores that this process may use, 8 at most if the page cache holds the files
     and 16 if it does not."""
@@ -43,12 +44,27 @@ class Reading:
         for name, known in (("source", SOURCES), ("cache", CACHES)):
             if getattr(self, name) not in known:
                 raise _wrong(name, " or ".join(known), getattr(self, name))
-        for name, least in (("threads", 1), ("piece_bytes", 64), ("buffers", 1)):
+        for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
             if value is None and name != "piece_bytes":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise _wrong(name, f"a whole number from {least:,}", value)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise _wrong(name, f"a whole number from {least:,} to {most:,}", value)
+
+    def refuse_unused(self) -> None:
+        """Raise ``PlanError`` for a setting that is given to a library, which reads by its own means."""
+        if self.source == "direct":
+            return
+        for each in fields(self):
+            if each.name != "source" and (value := getattr(self, each.name)) != each.default:
+                raise PlanError(
+                    Problem(
+                        where=f"reading.{each.name}",
+                        what=f"has no meaning with source='{self.source}', which reads by its own means",
+                        found=repr(value),
+                        fix="leave it out, or the source",
+                    )
+                )
 
     def settled(self, *, is_cached: bool) -> Reading:
         """The same with numbers for this machine in the place of None; ``is_cached`` says where the files are."""

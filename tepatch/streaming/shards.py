@@ -35,6 +35,8 @@ def clip(step: Step, shape: Sequence[int], cuts: Sequence[Cut]) -> list[Step]:
 
     Each cut is of what the one before has left. The steps write to a row-major tensor of ``shard_shape``.
     """
+    if 0 in step.sizes:
+        return []
     steps, left = [step], list(shape)
     for cut in cuts:
         steps = [part for each in steps for part in _clip(each, left, cut)]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -14,6 +15,7 @@ from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.reading import ByteReader, is_cached
 from tepatch.mapping.plan import Plan
 from tepatch.progress import ProgressBar
+from tepatch.streaming.interrupts import uninterrupted
 from tepatch.streaming.pieces import Piece
 from tepatch.streaming.placing import Doubts, Target
 from tepatch.streaming.settings import Reading
@@ -91,19 +93,21 @@ class Stream:
         ``groups`` are pieces by names. One with a name is one parameter, which is given to ``seal`` once it is whole.
         ``sizes`` has its bytes: as many are in memory at once as take no more than two of the largest would.
         ``meanwhile`` is called when all that is left is to wait. Raises ``CheckpointError`` or ``LoadError``; what
-        allocating or ``meanwhile`` raises goes through.
+        allocating or ``meanwhile`` raises goes through. An interrupt is raised when all threads have ended, which they
+        do with the piece that they are at.
         """
-        with quick_turns():  # this thread would hold up the others
-            self._run(groups, seal, sizes or {}, meanwhile)
+        work = Work(self)
+        uninterrupted(partial(self._run, work, groups, seal, sizes or {}, meanwhile), work.fail)
 
+    @quick_turns()  # this thread would hold up the others
     def _run(
         self,
+        work: Work,
         groups: Mapping[str, Iterable[Piece]],
         seal: Seal | None,
         sizes: Mapping[str, int],
         meanwhile: Callable[[], None] | None,
     ) -> None:
-        work = Work(self)
         most = 2 * max(sizes.values(), default=0)
         staged: dict[str, int] = {}
         try:
@@ -128,7 +132,7 @@ class Stream:
             while staged and not work.failed:
                 staged.pop(self._sealed(work, seal), None)
             work.finish()
-        except BaseException as error:  # an interrupt, too: it comes while this waits in ``finish``
+        except BaseException as error:
             work.fail(error)
             work.finish()
             work.failed.clear()  # errors hold frames, and these parameters

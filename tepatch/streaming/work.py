@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 AHEAD_BYTES = 512 << 20
 """Of pieces that no reader has begun with, asked of the disk. Half of it was enough for one of 2 GB/s."""
+MOST_AHEAD = 4096
+"""Such pieces, however small they are."""
 
 
 def new_event() -> torch.cuda.Event:
@@ -110,24 +112,28 @@ class Work:
         self._read: queue.SimpleQueue[tuple[Order, _Buffer, int] | None] = queue.SimpleQueue()
         """What is in a buffer, and from which of its bytes on."""
         self._ring: list[_Buffer] = []
-        self._needs_ring = threading.Event()
-        """Whether somebody waits for a buffer: for some loads nobody ever does."""
+        self._ring_is_wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Has something as soon as somebody waits for a buffer: for some loads nobody ever does."""
         self._has_all = False
         """Whether all is read, so that no more buffers are needed."""
+        self._is_inference = torch.is_inference_mode_enabled()  # of this thread; only so can others fill its tensors
         self._lock = threading.Lock()
         self._readers = [self._thread(self._reader, stream.spent, f"{i}") for i in range(reading.num_threads)]
-        self._mover = self._thread(self._move, stream.moving, "mover")
+        self._movers = [self._thread(self._move, stream.moving, "mover")]
         self._others = [self._thread(self._make_ring, Spent(), "ring")]
-        self._may_ask = threading.Semaphore(max(1, AHEAD_BYTES // reading.piece_bytes))
+        self._may_ask: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """As many as pieces that may still be asked for ahead."""
         if stream.looks_ahead:
+            for _ in range(min(MOST_AHEAD, max(1, AHEAD_BYTES // reading.piece_bytes))):
+                self._may_ask.put(None)
             self._others.append(self._thread(self._look_ahead, Spent(), "ahead"))
 
-    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> _Thread:
-        return _Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
+    def _thread(self, run: Callable[[Spent], None], total: Spent, name: str) -> threading.Thread:
+        return threading.Thread(target=self._guarded, args=(run, total), name=f"tepatch-read-{name}", daemon=True)
 
     def start(self) -> None:
         """Start all threads. Raises ``LoadError`` if the system gives no more of them."""
-        for thread in (*self._readers, self._mover, *self._others):
+        for thread in (*self._readers, *self._movers, *self._others):
             try:
                 thread.start()
             except RuntimeError as error:
@@ -136,34 +142,36 @@ class Work:
                         where=self.stream.plan.location,
                         what=f"no thread can be started for reading, beside {threading.active_count()} that there are",
                         found=str(error),
-                        fix="allow this process more (ulimit -u), or read with fewer: reading=Reading(threads=1)",
+                        fix="allow this process more (ulimit -u), or more memory (ulimit -v), or read with fewer:"
+                        " reading=Reading(threads=1)",
                     )
                 ) from None
 
     def fail(self, error: BaseException) -> None:
-        """Have everyone stop, and wait for nothing that will not come: also those for whom nobody may come again."""
+        """Have everyone stop, and wait for nothing that will not come.
+
+        Any thread may call this at any time, the handler of a signal too: what is used here needs no lock.
+        """
         self.failed.append(error)
         self.whole.put(None)
-        self._may_ask.release()
-        self._needs_ring.set()
+        self._may_ask.put(None)
+        self._ring_is_wanted.put(None)
         for _ in self._readers:
             for awaited in (self._free, self.orders, self._to_read):
                 awaited.put(None)
         self._read.put(None)
 
     def finish(self) -> None:
-        """Wait until all that was ordered is done, or given up after a failure, and give the ring back.
-
-        Whoever is interrupted in here can ``fail`` and come again.
-        """
+        """Wait until all that was ordered is done, or given up after a failure, and give the ring back."""
         for _ in self._readers:
             self.orders.put(None)
         _join(self._readers)
         self._has_all = True
-        self._needs_ring.set()
+        self._ring_is_wanted.put(None)
         _join(self._others)
         self._read.put(None)
-        _join([self._mover])
+        _join(self._movers)
+        self._readers, self._movers, self._others = [], [], []  # gone while nothing can be interrupted
         while self._ring:
             self._ring.pop().memory.close()
 
@@ -172,7 +180,7 @@ class Work:
         try:
             # Or CUDA takes a context, and hundreds of MiB, on the first GPU of the machine too.
             on = torch.cuda.device(self.stream.device) if self.stream.device.type == "cuda" else nullcontext()
-            with torch.no_grad(), on:
+            with torch.inference_mode(self._is_inference), torch.no_grad(), on:
                 run(spent)
         except BaseException as error:
             self.fail(error)
@@ -184,7 +192,7 @@ class Work:
         while (order := self._to_read.get()) is not None:
             piece, group = order.piece, order.group
             if self.stream.is_asked_ahead(piece.file):
-                self._may_ask.release()
+                self._may_ask.put(None)
             if self.failed:
                 continue
             file = self.stream.reader(piece.file)
@@ -196,8 +204,8 @@ class Work:
                 del order, parts  # from now on this must keep no parameter alive
                 self._done(piece, group)
                 continue
-            if not self._needs_ring.is_set():
-                self._needs_ring.set()
+            if not self._ring and self._ring_is_wanted.empty():
+                self._ring_is_wanted.put(None)
             if (buffer := self._free.get()) is None:  # something has failed meanwhile
                 continue
             got = time.perf_counter()
@@ -227,7 +235,7 @@ class Work:
             while (order := self.orders.get()) is not None:
                 piece = order.piece
                 if not self.failed and self.stream.is_asked_ahead(piece.file):
-                    self._may_ask.acquire()  # a failure gives one back, for who waits here then
+                    self._may_ask.get()  # a failure gives one back, for who waits here then
                     self.stream.reader(piece.file).expect(piece.position, piece.nbytes)
                 self._to_read.put(order)
                 del order  # this must keep no parameter alive
@@ -240,11 +248,11 @@ class Work:
         reading = self.stream.reading
         nbytes = (-(-reading.piece_bytes // BLOCK) + 2) * BLOCK
         is_cuda = self.stream.device.type == "cuda"
-        self._needs_ring.wait()
+        self._ring_is_wanted.get()
         for _ in range(reading.num_buffers):
             if self._has_all or self.failed:
                 return
-            buffer = _Buffer(HostMemory(nbytes, is_pinned=is_cuda))
+            buffer = _Buffer(HostMemory(nbytes, is_pinned=is_cuda, where=self.stream.plan.location))
             self._ring.append(buffer)
             self.stream.unpinned += is_cuda and not buffer.memory.is_pinned
             self._free.put(buffer)
@@ -291,25 +299,10 @@ class Work:
             self.whole.put(group)
 
 
-class _Thread(threading.Thread):
-    """One whose end can be waited for again after an interrupt: before 3.13 ``join`` takes it for ended then."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.is_over = threading.Event()
-
-    def run(self) -> None:
-        try:
-            super().run()
-        finally:
-            self.is_over.set()
-
-
-def _join(threads: Iterable[_Thread]) -> None:
+def _join(threads: Iterable[threading.Thread]) -> None:
     """Wait for the end of those that have begun."""
     for thread in threads:
         if thread.ident is not None:
-            thread.is_over.wait()
             thread.join()
 
 

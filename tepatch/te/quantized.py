@@ -57,7 +57,7 @@ class QuantizedWeights:
                     where="weights",
                     what="no weight can be held quantized",
                     expected="a precision that quantizes, for layers of Transformer Engine's modules",
-                    fix="pass precision='fp8-current' (or another) with weights='quantized'",
+                    fix="pass precision='fp8-current' (or another) with weights='quantized', and have a GPU",
                 )
             )
 

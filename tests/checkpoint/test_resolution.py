@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +136,19 @@ def test_converted_weights_are_never_looked_for_among_pickles(tmp_path: Path) ->
         with pytest.raises(CheckpointError, match=r"tepatch.json") as caught:
             open_checkpoint(tmp_path, use_safetensors=restriction)
         assert "has no meaning" not in str(caught.value)
+
+
+def test_a_folder_that_can_not_be_read_is_told_as_that(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may be allowed to read everything, so the system's answers are made up."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match=rf"{folder}: this folder can not be read\n.*permissions"):
+        open_checkpoint(folder)
+
+
+def test_a_folder_on_the_way_that_can_not_be_entered_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(CheckpointError, match=r"on the way to it can not be entered\n.*namei"):
+        open_checkpoint(folder / "shard.safetensors")

@@ -6,11 +6,13 @@ import importlib.util
 import json
 import mmap
 import os
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import tepatch
 from tepatch.cli.benching import PAST, PEER, READ, STREAM, advice
@@ -33,6 +35,7 @@ STAGES = {"build": 0.05, "plan": 0.05, "load": 0.9, "install": 0.0, "allocate": 
         ({READ: 0.2, STREAM: 0.3}, {"place": 0.5}, "gpu", "larger pieces (--piece-mib) are fewer to send"),
         ({READ: 0.2, STREAM: 0.3}, {"copy": 0.5}, "gpu", "copies to the GPU are the limit"),
         ({READ: 0.2, STREAM: 0.3}, {"allocate": 0.5}, "", "taking memory for the parameters is the limit"),
+        ({READ: 0.2, STREAM: 0.3}, dict.fromkeys(("allocate", "read", "copy"), 0.0), "", "as a library reads"),
         ({READ: 0.2, STREAM: 0.3}, {"read": 0.5}, "cold", "reading is the limit, but not at its best"),
     ],
 )
@@ -61,6 +64,23 @@ def test_every_way_is_measured_in_every_round(run: Run, tiny: Path) -> None:
     assert made["piece_bytes"] == 1 << 20
     assert made["buffers"] == 5
     assert "limit" in made["advice"][-1]
+
+
+def test_transformers_does_the_same_work(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """In the dtype that is asked for, and by the class that tepatch would take."""
+    for file in tiny.iterdir():
+        shutil.copy(file, tmp_path / file.name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Nope"]}))
+    loaded: list[Any] = []
+    stock = LlamaForCausalLM.from_pretrained
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            LlamaForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(stock(*a, **k)) or loaded[-1]
+        )
+        arguments = ("--rounds", 1, "--dtype", "float64", "--with-transformers", "--json")
+        assert PEER in json.loads(run("bench", "load", tmp_path, *arguments).stdout)["runs"]
+    assert {model.dtype for model in loaded} == {torch.float64}
 
 
 def test_the_table_has_every_way_and_the_stages_of_a_load(run: Run, tiny: Path) -> None:

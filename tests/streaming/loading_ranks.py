@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tepatch
@@ -115,11 +115,26 @@ def refusals(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     def grows(model: Any) -> None:
         model.lm_head = nn.Linear(64, 200, bias=False, device="meta")
 
+    def adds(model: Any) -> None:
+        model.extra = nn.Parameter(torch.empty(3, device="meta"))
+
+    async def waits(model: Any) -> None:
+        fsdp2(model)
+
+    def elsewhere(model: Any) -> None:
+        mesh = DeviceMesh("cuda", [rank], _init_backend=False)
+        weight = DTensor.from_local(model.lm_head.weight, mesh, [Replicate()])
+        model.lm_head.weight = nn.Parameter(weight)
+
     out = {}
     given: dict[str, dict[str, Any]] = {
         "fails": {"parallelize": fails},
         "fills": {"parallelize": fills},
         "grows": {"parallelize": grows},
+        "halves": {"parallelize": lambda model: model.half()},
+        "adds": {"parallelize": adds},
+        "waits": {"parallelize": waits},
+        "elsewhere": {"parallelize": elsewhere},
         "device map": {"parallelize": fsdp2, "device_map": {"": "cpu"}},
     }
     for name, arguments in given.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -151,6 +153,19 @@ def test_a_file_system_that_does_not_say_what_is_cached_gives_none(
 
     monkeypatch.setattr(raw.os, "preadv", refuse)
     assert cached_share(paths(folder)) is None
+    with pytest.raises(FileNotFoundError):
+        cached_share([folder / "gone.safetensors"])
+
+
+def test_a_host_without_memory_for_a_buffer_is_told(
+    checkpoint: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(LoadError, match="out of memory on the host for a buffer"):
+        read_bytes(checkpoint, ODD)
 
 
 @pytest.mark.gpu

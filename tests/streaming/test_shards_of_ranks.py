@@ -131,4 +131,10 @@ def test_what_does_not_only_shard_is_refused(run: Run) -> None:
         assert "gave values to parameters" in found["fills"]
         assert "another way than by sharding" in found["grows"]
         assert "lm_head.weight" in found["grows"]
+        for name in ("halves", "adds"):
+            assert "another way than by sharding" in found[name]
+        assert "model.embed_tokens.weight" in found["halves"]
+        assert "extra" in found["adds"]
+        assert "is asynchronous" in found["waits"]
+        assert "another kind of device than its weights go to" in found["elsewhere"]
         assert "together with parallelize" in found["device map"]

@@ -307,14 +307,96 @@ def test_an_interrupt_stops_all_threads(
     to, reading = Destination(device=device), Reading(threads=2, piece_bytes=64)
     with pytest.raises(KeyboardInterrupt):
         load_tensors(made.plan, made.checkpoint, to=to, reading=reading, progress=False, meanwhile=is_waiting.set)
-    if times == 1:
-        assert set(sys._current_frames()) <= before
-    else:  # who does not want to wait for the threads leaves them to end by themselves
-        until = time.monotonic() + 10
-        while not set(sys._current_frames()) <= before and time.monotonic() < until:
-            time.sleep(0.01)
-        assert set(sys._current_frames()) <= before
+    assert set(sys._current_frames()) <= before
     assert len(calls) < sum(info.nbytes for info in made.checkpoint.tensors.values()) // 64
+
+
+def test_in_inference_mode_everything_arrives_too(device: torch.device, sample: Make) -> None:
+    made = sample()
+    with torch.inference_mode():
+        loaded, _ = load(made, device, Reading(threads=3, piece_bytes=300))
+        assert all(tensor.is_inference() for tensor in loaded.values())
+        for name, expected in made.expected.items():
+            assert same_bits(loaded[name].cpu(), expected), name
+    ordinary, _ = load(made, device)
+    assert not any(tensor.is_inference() for tensor in ordinary.values())
+
+
+@pytest.mark.parametrize("what", ["huge pages", "advice"])
+def test_a_system_without_what_only_makes_it_quicker_will_do(
+    what: str, device: torch.device, sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    if what == "advice":
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+    else:
+        monkeypatch.setattr(mmap, "mmap", type("NoHugePages", (mmap.mmap,), {"madvise": refuse}))
+    made = sample()
+    loaded, _ = load(made, device, Reading(threads=2))
+    for name, expected in made.expected.items():
+        assert same_bits(loaded[name].cpu(), expected), name
+
+
+def test_a_host_without_memory_for_a_buffer_is_told(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(LoadError, match=r"checkpoint: out of memory on the host for a buffer[\s\S]*8,396,800 bytes"):
+        load(sample(), torch.device("cpu"), Reading(threads=2))
+
+
+def test_pythons_own_lack_of_memory_is_told_though_it_says_nothing(sample: Make) -> None:
+    def allocate(*_: object) -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(LoadError, match=r"out of memory after reading 0 of[\s\S]*found: +MemoryError"):
+        load(sample(), torch.device("cpu"), allocate=allocate)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,)])
+def test_an_empty_parameter_has_empty_shards_and_is_sealed(
+    shape: tuple[int, ...], device: torch.device, tmp_path: Path
+) -> None:
+    save_file({"w": torch.zeros(shape), "v": torch.ones(3)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    plan = make_plan(
+        parse_mapping("version: 1\nparameters: {w: same, v: same}", name="m.yaml"),
+        config={},
+        sources=checkpoint.tensors,
+        targets={"w": Spec(shape, "F32"), "v": Spec((3,), "F32")},
+    )
+    sealed: dict[str, torch.Tensor] = {}
+
+    def seal(name: str) -> Any:
+        return lambda tensor: sealed.setdefault(name, tensor)
+
+    to = Destination(device=device, shards={"w": [Cut(0, 0, shape[0] // 2)], "v": [Cut(0, 3, 0)]}, seals={
+        name: seal(name) for name in "wv"
+    })  # fmt: skip
+    loaded, _ = load_tensors(plan, checkpoint, to=to, progress=False)
+    assert sealed.keys() == {"w", "v"}
+    assert loaded["w"].shape == (shape[0] // 2, *shape[1:])
+    assert loaded["v"].shape == (0,)
+
+
+def test_one_element_of_a_parameter_that_is_read_with_a_wide_one(device: torch.device, tmp_path: Path) -> None:
+    whole = torch.arange(2000.0).view(1000, 2)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    columns = "".join(f"  {name}: {{of: w, take: {{out_of: 2, index: {i}, dim: 1}}}}\n" for i, name in enumerate("ab"))
+    plan = make_plan(
+        parse_mapping(f"version: 1\nparameters:\n{columns}", name="m.yaml"),
+        config={},
+        sources=checkpoint.tensors,
+        targets={name: Spec((1000,), "F32") for name in "ab"},
+    )
+    to, reading = Destination(device=device, shards={"b": [Cut(0, 5, 1)]}), Reading(piece_bytes=64)
+    loaded, _ = load_tensors(plan, checkpoint, to=to, reading=reading, progress=False)
+    assert torch.equal(loaded["a"].cpu(), whole[:, 0])
+    assert loaded["b"].tolist() == [11.0]
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
@@ -507,6 +589,9 @@ def test_copies_to_a_gpu_are_from_pinned_memory(sample: Make) -> None:
         ({"piece_bytes": 8}, "piece_bytes"),
         ({"piece_bytes": None}, "piece_bytes"),
         ({"buffers": True}, "buffers"),
+        ({"threads": 1025}, "threads"),
+        ({"piece_bytes": (1 << 30) + 1}, "piece_bytes"),
+        ({"buffers": 10**30}, "buffers"),
         ({"source": "magic"}, "source"),
         ({"cache": "maybe"}, "cache"),
     ],
