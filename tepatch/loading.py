@@ -18,7 +18,7 @@ import torch
 from tepatch.checkpoint import open_checkpoint, torch_dtype
 from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.execute import Destination, load_tensors
-from tepatch.hf.config import AutoClass
+from tepatch.hf.config import AutoClass, unknown_architectures
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
@@ -372,7 +372,11 @@ def _execute(
         else str(job.checkpoint.config_folder.absolute()),
         bytes_read=timing.bytes_read,
         seconds={**job.seconds, "load": timing.seconds, **timing.stages, "install": installed},
-        notes=(*timing.notes, *([] if quantized is None else [f"{quantized}; saving writes what they dequantize to"])),
+        notes=(
+            *unknown_architectures(job.model.config, type(job.model)),
+            *timing.notes,
+            *([] if quantized is None else [f"{quantized}; saving writes what they dequantize to"]),
+        ),
         versions=installed_versions(),
     )
     if placement is not None:

@@ -482,6 +482,20 @@ def test_weights_beside_a_computed_buffer_are_not_initialised_again(tiny_llama: 
     assert float(model.model.layers[0].self_attn.qkv.weight.detach().std()) > 0.05
 
 
+@pytest.mark.parametrize(("named", "is_told"), [("LLaMAForCausalLM", True), ("LlamaForCausalLM", False)])
+def test_a_class_that_transformers_does_not_have_is_told(
+    named: str, is_told: bool, tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    stock = tiny_llama()
+    folder = save_checkpoint(stock)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [named]}))
+    model = load(folder)
+    assert_loaded(model, stock)
+    assert type(model) is type(stock)
+    assert any(f"names {named}, which transformers does not have" in note for note in model.tepatch.notes) is is_told
+
+
 @pytest.mark.parametrize("reading", ["fast", {"threads": 2}, 4])
 def test_what_does_not_say_how_to_read_is_refused(reading: Any, tiny_llama: Make, save_checkpoint: Save) -> None:
     with pytest.raises(PlanError, match=r"reading: does not say[\s\S]*tepatch\.Reading"):

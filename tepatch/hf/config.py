@@ -102,6 +102,17 @@ def model_class(config: PreTrainedConfig, auto_class: AutoClass = None, *, state
     )
 
 
+def unknown_architectures(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
+    """What to tell where ``cls`` was taken because none of the config's ``architectures`` is transformers'."""
+    import transformers
+
+    named = config.architectures or ()
+    if not named or cls.__name__ in named or any(hasattr(transformers, str(name)) for name in named):
+        return []
+    names = ", ".join(map(str, named))
+    return [f"config.json names {names}, which transformers does not have: {cls.__name__} was taken"]
+
+
 def _asked_for(auto_class: str | type, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model class that a caller's ``auto_class`` stands for."""
     import transformers
