@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,34 @@ def test_a_host_without_memory_for_a_buffer_is_told(
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(LoadError, match="out of memory on the host for a buffer"):
         read_bytes(checkpoint, ODD)
+
+
+def test_memory_comes_back_with_an_error_and_not_with_the_garbage(
+    checkpoint: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def held() -> int:
+        return sum(type(each) is torch.Tensor and each.numel() == total for each in gc.get_objects())
+
+    def fails() -> bool:
+        try:
+            stream_bytes(checkpoint, ODD, device=CPU)
+        except LoadError as error:  # pytest.raises would hold it
+            return "no thread can be started" in str(error)
+        return False
+
+    total = sum(stamp.size for stamp in byte_files(checkpoint).values())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        assert fails()
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
