@@ -8,10 +8,10 @@ Makes a checkpoint (bfloat16, random weights, shards) and loads it again and aga
 own, which has imported everything and has a CUDA context before any clock starts, and in which all is released between
 two loads (collected, the caches of torch's allocators emptied).
 
-- *first*: the first load of the process. It is watched, which takes time of its own: that is where memory is measured.
-  Private memory is RssAnon at its highest, sampled every 5 ms, minus what the process had before. GPU memory is the
-  allocator's highest, and what the driver says is used (of this GPU, by anybody), minus the same before. Afterwards,
-  outside the clock, each tensor that was loaded is compared with the file's, bit for bit.
+- *first*: the first load of the process. It is watched, which may take time: that is where memory is measured. Private
+  memory is RssAnon at its highest, sampled every 5 ms, minus what the process had before. GPU memory is the allocator's
+  highest, and what the driver says is used (of this GPU, by anybody), minus the same before. Afterwards, outside the
+  clock, each tensor that was loaded is compared with the file's, bit for bit.
 - *warm*: ``--rounds`` loads after it (``--other-rounds`` of those that no target is about), contenders taking turns, so
   that what else the machine does hits all of them; the files are in the page cache. Medians are of these.
 - *fresh*: ``--fresh-rounds`` first loads that nobody watches, each in a process that is new for it, of a few
@@ -91,6 +91,7 @@ PEERS = ("transformers", "accelerate", "te_llama")
 CONTENDERS = (*LIMITS, *OURS, *PEERS)
 MAIN = ("read", "stream", "clone", "tepatch", "tepatch-fp8", "transformers")
 """What targets are about."""
+# Whose first loads are timed unwatched.
 FRESH = ("stream", "tepatch", "tepatch-fp8", "transformers")
 COLD = ("read", "read-direct", "tepatch", "tepatch-bypass", "transformers")
 PACKAGES = {"fastsafetensors": "fastsafetensors", "runai": "runai_model_streamer", "instanttensor": "instanttensor"}

@@ -4,8 +4,8 @@
 
 ``load`` (from load_gpu.json and load_cpu.json), ``sources`` (load_gpu.json: who can read in tepatch's place), ``train``
 (train_gpu.json) and ``families`` (families_gpu.json), each as SVG and PNG; a chart whose results are not there is left
-out. The same results give the same files, byte for byte, with the same version of
-matplotlib, which only this script needs.
+out. The same results give the same files, byte for byte, with the same version of matplotlib, which only this script
+needs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ def load_panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
     for result in results:
         size = f"{result['bytes'] / 1e9:.1f} GB to {'the GPU' if result['device'] == 'cuda' else 'CPU memory'}"
         for kind, text in (("warm", "files in the page cache"), ("cold", "from the disk")):
-            bars = []
             left_out = {*OTHER_SOURCES, *(["tepatch-bypass"] if kind == "warm" else [])}
             names = [name for name in result["runs"] if name not in left_out]
             if bars := _load_bars(result, kind, names):

@@ -51,6 +51,11 @@ class Problem:
         return "\n".join(lines)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line: the name of its type if it says nothing, as Python does out of memory."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class TepatchError(Exception):
     """Base of all errors raised on purpose. Holds one or more ``problems``."""
 

@@ -27,7 +27,7 @@ from tepatch.assembly import (
     put,
 )
 from tepatch.checkpoint import Checkpoint, TensorInfo, torch_dtype
-from tepatch.errors import LoadError, Problem
+from tepatch.errors import LoadError, Problem, first_line
 from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.plan import Plan, Step
 from tepatch.progress import ProgressBar
@@ -101,7 +101,7 @@ def load_tensors(
                 where=plan.location,
                 what=f"out of memory{on} after reading {load.bytes_read:,} of {plan.source_bytes:,} bytes",
                 expected=f"{plan.target_bytes:,} bytes for the model's parameters",
-                found=(str(error) or type(error).__name__).splitlines()[0],  # Python says nothing
+                found=first_line(error),
                 fix="use a device with more memory or a smaller dtype; nothing was kept of this load",
             )
         ) from None

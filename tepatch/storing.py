@@ -21,7 +21,7 @@ from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.resolve import is_companion
 from tepatch.checkpoint.staging import Staging
 from tepatch.checkpoint.writing import Shard, index_json, index_name, plan_shards
-from tepatch.errors import CheckpointError, Problem, SaveError
+from tepatch.errors import CheckpointError, Problem, SaveError, first_line
 from tepatch.mapping.plan import Plan
 from tepatch.progress import ProgressBar
 
@@ -92,7 +92,7 @@ class Outline:
                             where=info.name,
                             what="out of memory while this tensor was put together",
                             expected=f"{info.nbytes:,} bytes, and as much for what it is made of",
-                            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                            found=first_line(error),
                             fix="use fewer workers, or a machine with more memory",
                         )
                     ) from error

@@ -14,7 +14,7 @@ import typer
 from tepatch.cli.options import Backend, Dtype, chosen_patch
 from tepatch.cli.output import AsJson, print_json, reporting
 from tepatch.cli.tables import print_table
-from tepatch.streaming.settings import MIB, SOURCES, THREADS_CACHED, THREADS_UNCACHED, Reading
+from tepatch.streaming.settings import BOUNDS, MIB, SOURCES, THREADS_CACHED, THREADS_UNCACHED, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -81,16 +81,23 @@ def load(
         int | None,
         typer.Option(
             min=1,
-            max=1024,
+            max=BOUNDS["threads"][1],
             help=f"Threads that read. Default: the cores here, {THREADS_CACHED} at most ({THREADS_UNCACHED}: --cold).",
         ),
     ] = None,
     piece_mib: Annotated[
-        int, typer.Option("--piece-mib", min=1, max=1024, help="MiB that a thread reads at once.")
+        int,
+        typer.Option(
+            "--piece-mib", min=1, max=BOUNDS["piece_bytes"][1] // MIB, help="MiB that a thread reads at once."
+        ),
     ] = 8,
     buffers: Annotated[
         int | None,
-        typer.Option(min=1, max=65_536, help="Pieces that may be in memory at once. Default: twice the threads."),
+        typer.Option(
+            min=1,
+            max=BOUNDS["buffers"][1],
+            help="Pieces that may be in memory at once. Default: twice the threads.",
+        ),
     ] = None,
     with_transformers: Annotated[
         bool, typer.Option("--with-transformers", help="Also measure transformers' from_pretrained.")

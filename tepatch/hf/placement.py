@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from tepatch.errors import BackendError, LoadError, PlanError, Problem
+from tepatch.errors import BackendError, LoadError, PlanError, Problem, first_line
 from tepatch.hf.config import told
 from tepatch.hf.languages import patched_names
 from tepatch.hf.named import named_tensors
@@ -171,7 +171,7 @@ def check_device(device: Any) -> torch.device:
             Problem(
                 where=f"device={device}",
                 what="this device can not be used",
-                found=(str(error) or type(error).__name__).splitlines()[0].partition(". ")[0],  # not all its advice
+                found=first_line(error).partition(". ")[0],  # not all its advice
                 fix="pass a device that torch has here, or leave it out",
             )
         ) from None

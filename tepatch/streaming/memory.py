@@ -36,7 +36,7 @@ class HostMemory:
                     " Reading(threads=1, buffers=1, piece_bytes=1 << 20)",
                 )
             ) from error
-        with contextlib.suppress(OSError, AttributeError):  # a kernel that has them not refuses
+        with contextlib.suppress(OSError, AttributeError):  # a kernel without them refuses
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)

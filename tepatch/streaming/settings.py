@@ -14,7 +14,7 @@ THREADS_CACHED, THREADS_UNCACHED = 8, 16
 at once."""
 SOURCES = ("direct", "safetensors", "fastsafetensors", "runai", "instanttensor")
 CACHES = ("use", "bypass")
-_BOUNDS = {"threads": (1, 1024), "piece_bytes": (64, 1 << 30), "buffers": (1, 1 << 16)}
+BOUNDS = {"threads": (1, 1024), "piece_bytes": (64, 1 << 30), "buffers": (1, 1 << 16)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Reading:
         for name, known in (("source", SOURCES), ("cache", CACHES)):
             if getattr(self, name) not in known:
                 raise _wrong(name, " or ".join(known), getattr(self, name))
-        for name, (least, most) in _BOUNDS.items():
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             if value is None and name != "piece_bytes":
                 continue

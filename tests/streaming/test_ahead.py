@@ -93,12 +93,17 @@ def test_nothing_is_asked_for_that_is_cached_or_is_not_to_be(
     assert not advice
 
 
+@pytest.mark.parametrize("bound", [("AHEAD_BYTES", 4 * PIECE), ("MOST_AHEAD", 4)])
 @pytest.mark.parametrize("cached_file", ["", "model-00001"])
 def test_no_more_is_asked_for_than_a_little_ahead_of_the_readers(
-    cached_file: str, sample: Make, advice: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    cached_file: str,
+    bound: tuple[str, int],
+    sample: Make,
+    advice: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However much the page cache holds of other files."""
-    monkeypatch.setattr(work, "AHEAD_BYTES", 4 * PIECE)
+    monkeypatch.setattr(work, *bound)
     made, read, begun, most, lock = sample(), os.preadv, [0], [0], threading.Lock()
     threads = 2
 

@@ -92,7 +92,10 @@ def test_a_handler_that_is_set_meanwhile_stays(handler: Callable[[Any], None]) -
 def test_in_another_thread_there_is_nothing_to_do() -> None:
     handlers: list[Any] = []
     before = signal.getsignal(signal.SIGINT)
-    look = lambda: handlers.append(signal.getsignal(signal.SIGINT))  # noqa: E731
+
+    def look() -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+
     thread = threading.Thread(target=uninterrupted, args=(look, lambda _: None))
     thread.start()
     thread.join()
