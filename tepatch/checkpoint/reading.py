@@ -126,7 +126,7 @@ class ByteReader:
         self._opened: list[FileIO] = []
         self._direct: int | None = None
         try:
-            self._file = self._open()
+            self._file = self._open(os.O_RDONLY)
         except OSError as error:
             stamp.verify()  # a file that is gone is told as that
             raise CheckpointError(
@@ -147,7 +147,7 @@ class ByteReader:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read ahead further
         if past_cache:
             with contextlib.suppress(OSError):  # this file system has none
-                self._direct = self._open(os.O_DIRECT)
+                self._direct = self._open(os.O_RDONLY | os.O_DIRECT)
 
     @property
     def can_bypass(self) -> bool:
@@ -223,8 +223,8 @@ class ByteReader:
         """If an interrupt has come before anybody could ``close``."""
         self.close()
 
-    def _open(self, more: int = 0) -> int:
-        file = FileIO(self.stamp.path, opener=lambda path, flags: os.open(path, flags | more))
+    def _open(self, flags: int) -> int:
+        file = open(self.stamp.path, "rb", buffering=0, opener=lambda path, _: os.open(path, flags))  # noqa: SIM115 (close is later)
         self._opened.append(file)
         return file.fileno()
 
