@@ -3,15 +3,29 @@
 PYTHON ?= python3
 # Exact, so that pip takes a CPU build where the index has one, and so that nothing installed later replaces it.
 TORCH ?= 2.13.0
-TRANSFORMERS ?= 5.23.0
+# The newest that tests have passed with.
+TRANSFORMERS ?= 5.24.0
+PEFT ?= 0.21.2
+ACCELERATE ?= 1.15.0
+# The lower bounds of pyproject.toml.
 OLDEST_TRANSFORMERS ?= 5.17.0
-# Passed on to pytest: make test ARGS="-k mapping"
+OLDEST_PEFT ?= 0.21.0
+OLDEST_ACCELERATE ?= 1.12.0
+# Passed on to pytest: make test ARGS="-k mapping", make test ARGS="-n 0"
 ARGS ?=
 
 VENV := .venv
 OLDEST_VENV := .venv-5.17
-STAMP := $(VENV)/.torch-$(TORCH)-transformers-$(TRANSFORMERS)
-OLDEST_STAMP := $(OLDEST_VENV)/.torch-$(TORCH)-transformers-$(OLDEST_TRANSFORMERS)
+PINS := transformers==$(TRANSFORMERS) peft==$(PEFT) accelerate==$(ACCELERATE)
+OLDEST_PINS := transformers==$(OLDEST_TRANSFORMERS) peft==$(OLDEST_PEFT) accelerate==$(OLDEST_ACCELERATE)
+# A stamp's name holds all the versions: another pin is another stamp. Older stamps go before anything is installed,
+# so that an environment never carries one that is no longer true. $(1): pins, as above
+stamp = $(subst $() $(),-,.torch-$(TORCH) $(subst ==,-,$(1)))
+STAMP := $(VENV)/$(call stamp,$(PINS))
+OLDEST_STAMP := $(OLDEST_VENV)/$(call stamp,$(OLDEST_PINS))
+# Tests of one file stay together: they share fixtures, and the conformance kit its models. Files are begun as they are
+# listed; pytest-xdist would keep those with few tests for the end, and some of these are slow.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PLUGINS := $(sort $(wildcard plugins/*))
 PROJECTS := pyproject.toml $(PLUGINS:=/pyproject.toml)
 CHECKPOINT := .demo/SmolLM2-135M-Instruct
@@ -21,7 +35,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-all test-oldest lint fix clean
+.PHONY: help demo test pytest test-all test-oldest test-matrix test-next lint fix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -33,12 +47,18 @@ test: lint pytest  ## lint, then run every test
 
 # Listed after lint in `test`, and ordered after it under `make -j` too.
 pytest: $(STAMP) | lint
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: test test-oldest  ## run every test with the newest and the oldest transformers: takes long
 
 test-oldest: $(OLDEST_STAMP)  ## run every test with the oldest transformers that is supported
-	@$(OLDEST_VENV)/bin/python -m pytest $(ARGS)
+	@$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+test-matrix: $(STAMP) $(OLDEST_STAMP)  ## run the conformance kit and tests of loading with each minor of transformers
+	@$(VENV)/bin/python scripts/matrix.py minors -- $(ARGS)
+
+test-next: $(STAMP)  ## run a case of each family with newer versions than the pinned ones, if the index has any
+	@$(VENV)/bin/python scripts/matrix.py next $(PINS)
 
 lint: $(STAMP)  ## check style and types
 	@$(VENV)/bin/ruff check --quiet .
@@ -50,28 +70,25 @@ fix: $(STAMP)  ## format, and mend what ruff can mend
 	@$(VENV)/bin/ruff format .
 
 clean:  ## remove environments, the demo's checkpoint and caches
-	rm -rf $(VENV) $(OLDEST_VENV) .demo dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* .demo dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(CHECKPOINT): | $(STAMP)
 	@$(VENV)/bin/python scripts/make_smollm2.py $@
 
 $(STAMP): $(PROJECTS)
-	@$(call install,$(VENV),$(TRANSFORMERS))
+	@echo "installing torch $(TORCH), $(PINS) into $(VENV): this takes some minutes"
+	@$(PYTHON) -c 'import sys; sys.exit("tepatch needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $(VENV)/.torch-*
+	@printf '%s\n' torch==$(TORCH) $(PINS) > $(VENV)/constraints.txt
+	@$(VENV)/bin/python -m pip install -qq torch==$(TORCH)
+	@$(VENV)/bin/python -m pip install -qq -c $(VENV)/constraints.txt -e ".[demo,dev]" $(PLUGINS:%=-e %)
+	@touch $@
 
-$(OLDEST_STAMP): $(PROJECTS)
-	@$(call install,$(OLDEST_VENV),$(OLDEST_TRANSFORMERS))
-
-# $(1): folder of the environment, $(2): version of transformers. The name of the stamp, $@, holds the versions;
-# older stamps go first, so that an environment never carries one that is no longer true.
-define install
-echo "installing torch $(TORCH) and transformers $(2) into $(1): this takes some minutes" && \
-$(PYTHON) -c 'import sys; sys.exit("tepatch needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)' && \
-{ $(1)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(1); } && \
-rm -f $(1)/.torch-* && \
-echo "torch==$(TORCH)" > $(1)/constraints.txt && \
-$(1)/bin/python -m pip install -qq torch==$(TORCH) && \
-$(1)/bin/python -m pip install -qq -c $(1)/constraints.txt \
-    -e ".[demo,dev]" $(PLUGINS:%=-e %) transformers==$(2) && \
-touch $@
-endef
+# Only what is another version than in $(VENV): the rest is taken from there.
+$(OLDEST_STAMP): $(STAMP)
+	@echo "installing $(OLDEST_PINS) into $(OLDEST_VENV)"
+	@rm -f $(OLDEST_VENV)/.torch-*
+	@$(VENV)/bin/python scripts/matrix.py make $(OLDEST_VENV) $(OLDEST_PINS)
+	@touch $@

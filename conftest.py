@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ import pytest
 from tepatch.te import probe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
+os.environ["TEPATCH_PROVE"] = "0"  # patches of tests are of no plugin, and each would be proven at every load
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
 
 TINY = {
     "hidden_size": 64,
@@ -116,11 +122,47 @@ def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tepatch")
+    group.addoption("--first-case", action="store_true", help="run only the first case of each conformance kit")
+    what = "end at once if another version of a package is imported"
+    group.addoption("--expect", action="append", default=[], metavar="NAME==VERSION", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which ignores interrupts, and so would all processes that tests start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for expected in config.getoption("--expect"):
+        name, _, version = expected.partition("==")
+        module = importlib.import_module(name)
+        if module.__version__ != version:
+            raise pytest.UsageError(f"expected {expected}, and {module.__file__} is {module.__version__}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips tests marked ``gpu`` where Transformer Engine cannot be used, and says why in the summary."""
+    if config.getoption("--first-case"):
+        dropped = _of_later_cases(items)
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return  # the probe imports torch
     status = probe()
     for item in gpu_items if not status.usable else []:
         item.add_marker(pytest.mark.skip(reason=f"needs a GPU with Transformer Engine: {status.reason}"))
+
+
+def _of_later_cases(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests of the conformance kit that are not of the first case of their family."""
+    if "tepatch.testing" not in sys.modules:
+        return []  # it imports torch
+    from tepatch.testing import Case
+
+    first: dict[Any, Case] = {}
+    dropped = []
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if isinstance(case, Case) and first.setdefault(item.function, case) is not case:
+            dropped.append(item)
+    return dropped

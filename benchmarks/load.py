@@ -227,7 +227,8 @@ def _transformers(folder: Path, device: str) -> Load:
 
     def load() -> tuple[Any, dict[str, float]]:
         placed = {} if device == "cpu" else {"device_map": device}
-        return owned(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **placed), device), {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False, **placed)
+        return owned(model, device), {}
 
     return load
 
@@ -241,8 +242,8 @@ def _accelerate(folder: Path, device: str) -> Load:
 
     def load() -> tuple[Any, dict[str, float]]:
         with init_empty_weights():
-            config = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.tie_weights()
         placed = {"": "cpu" if device == "cpu" else 0}
         return owned(load_checkpoint_and_dispatch(model, str(folder), device_map=placed), device), {}
@@ -272,7 +273,7 @@ def _te_llama(folder: Path, device: str) -> Load:
 
     @torch.no_grad()
     def load() -> tuple[Any, dict[str, float]]:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         half = config.intermediate_size
         model, _ = te_llama(config, device, fp8=False)
         parameters = dict(model.named_parameters())

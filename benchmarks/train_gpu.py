@@ -80,7 +80,9 @@ def hugging_face(config: Any, device: str) -> tuple[Any, Loss]:
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=False
+        )
     return model, lambda ids: model(input_ids=ids, labels=ids).loss
 
 

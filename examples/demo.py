@@ -47,10 +47,11 @@ def main() -> int:
     print("\n".join(str(model.tepatch).splitlines()[:5]))
 
     print(f"\n3. The same logits as Hugging Face's, float32, {TOKENS} tokens of real text\n")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = (ROOT / "LICENSE").read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS].to(model.device)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    stock.to(model.device).eval()
     with torch.no_grad():
         agreement = compare_logits(model(ids).logits, stock(ids).logits)
     print(f"   largest difference {agreement.max_error:.2e} ({agreement.max_error_relative:.1e} of the largest logit)")
@@ -74,7 +75,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         saved = Path(place) / "saved"
         tepatch.save(tepatch.load("llama", folder, device=device), saved)  # in the checkpoint's own dtype
-        again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(model.device)
+        again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, trust_remote_code=False)
+        again.to(model.device)
     before, after = dict(stock.named_parameters()), dict(again.named_parameters())
     equal = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
     if before.keys() != after.keys() or equal != len(before):

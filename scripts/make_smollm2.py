@@ -97,6 +97,7 @@ def convert(gguf: Path, folder: Path) -> None:
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
     # Parameters only: model.to(bfloat16) would round the rotary frequencies as well.
     for parameter in model.parameters():
@@ -105,7 +106,7 @@ def convert(gguf: Path, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]  # a GGUF file does not say, a hub's config does
 
     with step("read the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         # Set by hand: transformers 5.17 reads both from a GGUF file otherwise (its eos is <|im_start|>).
         tokenizer.clean_up_tokenization_spaces = False
         for name in ("bos", "eos", "pad", "unk"):

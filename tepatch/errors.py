@@ -8,6 +8,7 @@
     |-- SaveError         a save or a conversion failed or was refused (I/O, space, the destination)
     |-- BackendError      Transformer Engine was asked for and cannot be used here
     |-- UnsupportedError  the layer was called in a way it cannot compute
+    |-- ProofError        a patch computes something else than transformers' model with the libraries installed here
     |-- ReplaceError      a layer class could not be replaced, or nothing was replaced
     `-- PluginError       a plugin or a patch name is unknown, broken or ambiguous
 
@@ -106,6 +107,10 @@ class BackendError(TepatchError):
 
 class UnsupportedError(TepatchError):
     """A patched layer was asked for something that it cannot compute exactly."""
+
+
+class ProofError(TepatchError):
+    """With the libraries installed here a patch does not compute what transformers' model does, or can not be tried."""
 
 
 class ReplaceError(TepatchError):

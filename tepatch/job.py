@@ -114,7 +114,9 @@ def settle(
         started = time.perf_counter()
         if checkpoint is None:
             checkpoint = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
-        model, replaced = build_on_meta(cls, config, dtype=wanted, replacements=patch.replacements())
+        model, replaced = build_on_meta(
+            cls, config, dtype=wanted, replacements=patch.replacements(), ignores=patch.ignores
+        )
         built = time.perf_counter()
         targets, ties = target_specs(model, wanted)
         places = _Places(model, rules, targets, ties)

@@ -30,6 +30,7 @@ from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost
+from tepatch.proof import ensure_proven
 from tepatch.report import Deferred, Report, installed_versions
 from tepatch.streaming.settings import Reading
 from tepatch.streaming.shards import Cut
@@ -69,6 +70,7 @@ def load(
     use_safetensors: bool | None = None,
     parallelize: Parallelize | None = None,
     reading: Reading | None = None,
+    prove: bool | None = None,
     progress: bool | None = None,
     plugins: PluginHost | None = None,
 ) -> PreTrainedModel:
@@ -93,12 +95,15 @@ def load(
     over several processes: it is called with the model on the meta device, before a weight is read, and of the
     parameters that it makes DTensors (``fully_shard``, ``parallelize_module``) each process reads its own slices.
     ``reading`` says how files are read (``tepatch.Reading``: threads, sizes, or a library that does it); None chooses
-    for this machine.
+    for this machine. Where the plugin does not say that the patch was proven with the versions of transformers, torch,
+    Transformer Engine, PEFT and accelerate that are installed, a small model of this config is compared with
+    transformers' own first, once (some seconds); with ``prove`` False, or ``TEPATCH_PROVE=0`` in the environment, it is
+    not, and the report says so.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
-    ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError`` or ``PlanError``;
-    while reading, ``CheckpointError`` or ``LoadError``. After an error no class stays patched and nothing is
-    half-loaded.
+    ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError``, ``PlanError`` or
+    ``ProofError``; while reading, ``CheckpointError`` or ``LoadError``. After an error no class stays patched and
+    nothing is half-loaded.
     """
     request = read_precision(precision)
     if reading is not None and not isinstance(reading, Reading):
@@ -128,6 +133,7 @@ def load(
         fresh=fresh,
         drop=drop,
     ) as job:
+        proof = _proof(job, config, prove)
         set_generation_config(job.model, checkpoint.config_folder)
         text = "" if precision is None else apply_precision(job.model, request)
         quantized = _quantized_weights(job, weights, keep_initial=keep_initial)
@@ -152,6 +158,7 @@ def load(
                 shards=shards,
                 reading=reading,
                 progress=progress,
+                notes=proof,
             )
         except BaseException:
             if placement is not None:
@@ -171,6 +178,7 @@ def build(
     precision: Any = None,
     mapping: str | PathLike[str] | None = None,
     auto_class: AutoClass = None,
+    prove: bool | None = None,
     plugins: PluginHost | None = None,
 ) -> PreTrainedModel:
     """Make a patched model with fresh weights, initialised as Hugging Face initialises the same architecture.
@@ -183,7 +191,10 @@ def build(
     resolved = find_patch(patch, given_config(config, None), plugins)
     with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping, auto_class=auto_class) as job:
         text = "" if precision is None else apply_precision(job.model, request)
-        return _execute(job, device, None, precision=text, quantized=None, shards={}, reading=None, progress=False)
+        proof = _proof(job, config, prove)
+        return _execute(
+            job, device, None, precision=text, quantized=None, shards={}, reading=None, progress=False, notes=proof
+        )
 
 
 def plan(
@@ -224,6 +235,15 @@ def plan(
         drop=drop,
     ) as job:
         return job.reading
+
+
+def _proof(job: Job, config: PreTrainedConfig, prove: bool | None) -> tuple[str, ...]:
+    """What there is to say about how the patch was proven here."""
+    if prove is not None and not isinstance(prove, bool):
+        raise PlanError(
+            Problem(where="prove", what="is a yes or a no", expected="True, False or None", found=repr(prove))
+        )
+    return ensure_proven(job.patch, config, type(job.model), is_wrapped=job.is_wrapped, prove=prove)
 
 
 def _placement(
@@ -312,6 +332,7 @@ def _execute(
     shards: Mapping[str, Sequence[Cut]],
     reading: Reading | None,
     progress: bool | None,
+    notes: tuple[str, ...],
 ) -> PreTrainedModel:
     is_te = job.modules.name == "te"
     default = "cuda" if is_te else "cpu"
@@ -373,6 +394,7 @@ def _execute(
         bytes_read=timing.bytes_read,
         seconds={**job.seconds, "load": timing.seconds, **timing.stages, "install": installed},
         notes=(
+            *notes,
             *unknown_architectures(job.model.config, type(job.model)),
             *timing.notes,
             *([] if quantized is None else [f"{quantized}; saving writes what they dequantize to"]),

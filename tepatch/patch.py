@@ -46,6 +46,9 @@ class Patch:
     layouts: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Other layouts in which checkpoints of these models exist, and the mapping file for each: such checkpoints
     are read, and saved in the layout of ``mapping``."""
+    ignores: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Parameters of the replaced classes' ``__init__`` and ``forward`` that the layers need not take, and why: such a
+    keyword is dropped. What a layer neither takes nor ignores is an error (`tepatch.contract`)."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -54,6 +57,7 @@ class Patch:
         object.__setattr__(self, "model_types", tuple(self.model_types))
         object.__setattr__(self, "replace", MappingProxyType(dict(self.replace)))
         object.__setattr__(self, "layouts", MappingProxyType(dict(self.layouts)))
+        object.__setattr__(self, "ignores", MappingProxyType(dict(self.ignores)))
 
     def __reduce__(self) -> tuple[Callable[[], Patch], tuple[()]]:
         # A read-only mapping can be neither pickled nor deep-copied, and a model may remember its patch.
@@ -64,6 +68,7 @@ class Patch:
             "mapping": self.mapping,
             "summary": self.summary,
             "layouts": dict(self.layouts),
+            "ignores": dict(self.ignores),
         }
         return functools.partial(type(self), **fields), ()
 
@@ -198,6 +203,10 @@ def _problems(patch: Patch) -> Iterator[Problem]:
     if not is_table or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in patch.layouts):
         expected = "names of layouts, spelt as a patch's name is, and a mapping file for each"
         yield Problem(where=where, what="bad 'layouts'", expected=expected, found=repr(patch.layouts))
+    reasons = patch.ignores.items() if isinstance(patch.ignores, Mapping) else [("", "")]
+    if not all(isinstance(text, str) and text.strip() for pair in reasons for text in pair):
+        expected = "names of parameters, and for each the reason why it may be dropped"
+        yield Problem(where=where, what="bad 'ignores'", expected=expected, found=repr(patch.ignores))
     files = {"mapping": patch.mapping, **({f"layouts[{n!r}]": v for n, v in patch.layouts.items()} if is_table else {})}
     for name, file in files.items():
         if not isinstance(file, str) or not (Path(file).is_absolute() or _RESOURCE.fullmatch(file)):

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from tepatch import contract
 from tepatch.errors import PluginError, Problem, ReplaceError
 from tepatch.patch import resolve_class
 
@@ -31,11 +32,14 @@ __all__ = ["Replacement", "replace_layers"]
 
 
 @contextmanager
-def replace_layers(targets: Mapping[Any, type | str], *, require: bool = True) -> Iterator[Replacement]:
+def replace_layers(
+    targets: Mapping[Any, type | str], *, require: bool = True, ignores: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Replacement]:
     """Build replacements instead of the given classes, in this block and in this thread or task only.
 
     `targets`: the class to replace -> the class that takes its place; either may be a ``"module:Name"``.
     `require`: whether a class of which the block built no layer at all is an error.
+    `ignores`: parameters of the classes' ``__init__`` and ``forward`` that replacements need not take, and why.
 
         with replace_layers({LlamaDecoderLayer: MyDecoderLayer}) as replaced:
             model = LlamaForCausalLM(config)
@@ -46,11 +50,14 @@ def replace_layers(targets: Mapping[Any, type | str], *, require: bool = True) -
     class that it replaces is the original, so that it may hold one. Threads that the block starts build
     originals, unless they run in a copy of its context.
 
+    A replacement has to take what the class takes, by the same names; a replaced module that is called with a keyword
+    that it does not know raises `UnsupportedError`, unless that is None or harmless (`tepatch.contract`).
+
     Raises `ReplaceError` at the start when classes cannot stand in for each other; at the end when `require`
     is not met, or when somebody else changed ``__init__`` in the meantime: their change is then left in
     place. An exception of the block goes through, such a finding being added to it as a note.
     """
-    frame = _Frame(pairs=_resolve(targets))
+    frame = _Frame(pairs=_resolve(targets, ignores), ignores=dict(ignores))
     problems: list[Problem] = []
     try:
         try:
@@ -107,6 +114,7 @@ class _Frame:
 
     pairs: Mapping[type, type | None]
     """None: here, the original is wanted."""
+    ignores: Mapping[str, str] = field(default_factory=dict)
     report: Replacement = field(init=False)
     is_active: bool = True
 
@@ -198,6 +206,7 @@ def _make_dispatcher(target: Any, original: Any) -> Callable[..., None]:
             replacement.__init__(self, *args, **kwargs)
         finally:
             _frames.reset(token)
+        contract.guard(self, target, frame.ignores)
         frame.report._add(target)
 
     return dispatch
@@ -210,7 +219,7 @@ def _innermost(target: type) -> _Frame | None:
     return None
 
 
-def _resolve(targets: Mapping[Any, type | str]) -> dict[type, type]:
+def _resolve(targets: Mapping[Any, type | str], ignores: Mapping[str, str]) -> dict[type, type]:
     """Turn names into classes and refuse what cannot work, all at once."""
     pairs: dict[type, type] = {}
     problems: list[Problem] = []
@@ -238,6 +247,8 @@ def _resolve(targets: Mapping[Any, type | str]) -> dict[type, type]:
         if reason:
             what = f"{_path(replacement)} cannot take its place: {reason}"
             problems.append(Problem(where=_path(target), what=what))
+        else:
+            problems += contract.signature_problems(target, replacement, ignores)
         pairs[target] = replacement
     if problems:
         raise ReplaceError(problems)

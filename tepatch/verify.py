@@ -197,11 +197,11 @@ def verify(
     _collect()
     # Loaded in the patched model's dtype, so that both hold the same rounded weights. Hugging Face computes its
     # rotary frequencies in float32 at every dtype, and .float() leaves them so.
-    stock: Any = cls.from_pretrained(folder, dtype=used, local_files_only=True)
+    stock: Any = cls.from_pretrained(folder, dtype=used, local_files_only=True, trust_remote_code=False)
     reference = _logits(stock.float().to(where), ids)
     stock = None
     _collect()
-    stock = cls.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    stock = cls.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False)
     half = _logits(stock.to(where), ids)
     return Verification(
         patch=report.patch,

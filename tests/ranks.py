@@ -31,6 +31,7 @@ from tepatch.hf.state import patched_names
 
 RANKS = 2
 STEPS = 3
+EPSILON = 0.1
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -42,10 +43,11 @@ def batch() -> torch.Tensor:
 def train(model: Any, ids: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
     """Losses of some steps of AdamW.
 
-    Its epsilon is large beside the rounding errors of gradients: else an element whose gradient is nothing but such
-    errors would take a whole step in one direction here and in the other there.
+    Its epsilon is as large as gradients are: a step is then off by lr / eps = 1 times the error of a gradient, at the
+    most. With a small one, an element whose gradient is nothing but rounding errors would take a whole step in one
+    direction here and in the other there.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=EPSILON, eps=EPSILON)
     losses = []
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss

@@ -21,7 +21,8 @@ def test_light_modules_import_no_torch(module: str) -> None:
 
 
 def test_importing_tepatch_takes_a_moment() -> None:
-    program = "import time; start = time.perf_counter(); import tepatch; print(time.perf_counter() - start)"
+    # The time of a processor: other tests may keep the machine busy.
+    program = "import time; start = time.process_time(); import tepatch; print(time.process_time() - start)"
     times = []
     for _ in range(5):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
@@ -30,9 +31,9 @@ def test_importing_tepatch_takes_a_moment() -> None:
 
 
 ORDER = [
-    *("errors", "progress", "mapping", "te", "report", "patch", "hookspecs", "plugins", "replace"),
-    *("checkpoint", "assembly", "tensors", "storing", "streaming", "execute", "hf", "job"),
-    *("loading", "export", "conversion", "verify", "certification", "testing", "cli"),
+    *("errors", "borrowed", "contract", "progress", "mapping", "te", "report", "patch", "hookspecs", "plugins"),
+    *("replace", "checkpoint", "assembly", "tensors", "storing", "streaming", "execute", "hf", "job"),
+    *("proven", "testing", "proof", "loading", "export", "conversion", "verify", "certification", "cli"),
 ]
 """Imports go one way: a room may import those before it."""
 ENTRANCES = {"__init__", "__main__"}

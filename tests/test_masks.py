@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, forward_terms, scores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, StaticCache
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -20,6 +21,11 @@ from tepatch.errors import UnsupportedError
 from tepatch.hf import attention
 from tepatch.te.attention import SelfAttention
 from tepatch.te.sequences import Varlen, direction, is_plain, layout_of, visible
+from tepatch.testing.cases import cache_name
+
+CACHE = str(cache_name(LlamaModel.forward))
+"""What models call their cache in this version of transformers."""
+MASK_CACHE = str(cache_name(create_causal_mask))
 
 BATCH, TOKENS = 3, 6
 SIZES = {
@@ -42,9 +48,9 @@ def masks(
         embeds = torch.zeros(BATCH, tokens, config.hidden_size)
         skip = {} if name == attention.NAME else {"allow_is_causal_skip": False}
         try:
-            out.append(make(config, embeds, past_key_values=cache, **kwargs, **skip))
+            out.append(make(config, embeds, **{MASK_CACHE: cache}, **kwargs, **skip))
         except TypeError:  # before 5.18 it can only be made to build the mask by another rule
-            out.append(make(config, embeds, past_key_values=cache, **kwargs, and_mask_function=everything))
+            out.append(make(config, embeds, **{MASK_CACHE: cache}, **kwargs, and_mask_function=everything))
     return out[0], out[1]
 
 
@@ -169,10 +175,10 @@ def test_a_stock_module_attends_by_the_same_masks(mask: Tensor | None, num_keys:
     given = None if mask is None else numbers
     out, _ = attention.attention_of_stock_modules(torch.nn.Module(), query, key, value, given, scaling=0.25)
     bias = torch.zeros(()).masked_fill(~visible(numbers, TOKENS), float("-inf"))
-    weights = torch.nan_to_num((query @ key.transpose(-1, -2) * 0.25 + bias).softmax(-1))
-    expected = (weights @ value).transpose(1, 2)
+    weights = torch.nan_to_num((query.double() @ key.double().transpose(-1, -2) * 0.25 + bias).softmax(-1))
+    expected = (weights @ value.double()).transpose(1, 2)
     rows = visible(numbers, TOKENS).any(-1)[:, 0, :, None, None]
-    torch.testing.assert_close(out * rows, expected * rows, rtol=0, atol=1e-6)
+    assert_close(out * rows, expected * rows, terms=16 + 2 * num_keys, condition=scores(query, key, 0.25))
 
 
 class Reads(TorchDispatchMode):
@@ -204,14 +210,14 @@ def test_a_plain_batch_keeps_what_its_caller_says(tiny_llama: Any, save_checkpoi
     model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference")
     ids = torch.randint(1, 128, (2, 12))
     embeds = model.get_input_embeddings()(ids)
-    expected = model(ids, use_cache=False).logits
-    assert torch.equal(model(input_ids=ids).logits, expected)
-    assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+    expected, terms = model(ids, use_cache=False).logits, forward_terms(model.config, 12)
+    assert_close(model(input_ids=ids).logits, expected, terms=terms)
+    assert_close(model(inputs_embeds=embeds).logits, expected, terms=terms)
     packed = torch.cat([torch.arange(5), torch.arange(7)])[None]
     alone = model(ids[:, 5:], use_cache=False).logits
     for use_cache in (False, True):
         found = model(ids, position_ids=packed, use_cache=use_cache).logits[:, 5:]
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        assert_close(found, alone, terms=terms)
 
 
 @pytest.mark.parametrize("positions", [[*range(6), *range(6)], [each // 2 for each in range(12)]])
@@ -223,7 +229,7 @@ def test_a_mask_of_ones_says_that_a_row_is_one_sequence(
     model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
     ids = torch.randint(1, 128, (2, 12))
     given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([positions]), "use_cache": use_cache}
-    torch.testing.assert_close(model(ids, **given).logits, stock(ids, **given).logits, rtol=0, atol=1e-5)
+    assert_close(model(ids, **given).logits, stock(ids, **given).logits, terms=forward_terms(model.config, 12))
 
 
 def test_rules_of_other_models_hold_for_a_plain_batch() -> None:
@@ -247,7 +253,7 @@ def test_rules_of_other_models_hold_for_a_plain_batch() -> None:
         expected = model(ids, use_cache=False)[0]
         model.config._attn_implementation = attention.NAME
         model.register_forward_pre_hook(attention.spare_the_question, with_kwargs=True)
-        torch.testing.assert_close(model(ids, use_cache=False)[0], expected, rtol=0, atol=1e-5)
+        assert_close(model(ids, use_cache=False)[0], expected, terms=forward_terms(config, 12))
 
 
 def test_a_stock_module_that_is_not_causal_sees_all_keys() -> None:
@@ -255,10 +261,11 @@ def test_a_stock_module_that_is_not_causal_sees_all_keys() -> None:
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
     module = torch.nn.Module()
     module.is_causal = False  # type: ignore[assignment]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2)
+    wide = key.double()
+    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), wide, wide).transpose(1, 2)
     for given in ({}, {"is_causal": False}):
         found, _ = attention.attention_of_stock_modules(module, query, key, key, None, **given)
-        torch.testing.assert_close(found, expected)
+        assert_close(found, expected, terms=8 + 2 * 5, condition=scores(query, key, 8**-0.5))
 
 
 @pytest.mark.parametrize(
@@ -281,9 +288,9 @@ def test_a_mask_that_does_not_fit_the_batch_is_named(
 def test_a_mask_of_the_new_tokens_only_does_not_fit_a_cache(tiny_llama: Any, save_checkpoint: Any) -> None:
     model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference")
     ids = torch.randint(1, 128, (2, 12))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     with pytest.raises(UnsupportedError, match=r"(?s)which of all tokens so far.*at least 16"):
-        model(ids[:, :4], attention_mask=torch.ones(2, 4).long(), past_key_values=cache)
+        model(ids[:, :4], attention_mask=torch.ones(2, 4).long(), **{CACHE: cache})
 
 
 def test_a_mask_beside_the_places_of_packed_sequences_has_to_say_the_same(
@@ -295,7 +302,7 @@ def test_a_mask_beside_the_places_of_packed_sequences_has_to_say_the_same(
     given = {"cu_seq_lens_q": starts, "use_cache": False}
     expected = model(ids, position_ids=packed, use_cache=False).logits
     for more in ({}, {"position_ids": packed}, {"attention_mask": torch.ones_like(ids), "position_ids": packed}):
-        torch.testing.assert_close(model(ids, **given, **more).logits, expected, rtol=0, atol=1e-5)
+        assert_close(model(ids, **given, **more).logits, expected, terms=forward_terms(model.config, 12))
     padded = torch.ones_like(ids)
     padded[0, :3] = 0
     for mask in (padded, torch.ones(1, 1, 12, 12, dtype=torch.bool)):
@@ -337,7 +344,8 @@ def test_attention_both_ways_goes_by_lengths_where_there_is_padding() -> None:
         expected = module(
             hidden, attention_mask=tokens[:, None, None].expand(-1, 1, TOKENS, -1), position_embeddings=None
         )
-        torch.testing.assert_close(out[tokens], expected[tokens], rtol=0, atol=1e-5)
+        # Two products, of 32 terms each, around attention.
+        assert_close(out[tokens], expected[tokens], terms=3 * 32 + 16 + 2 * TOKENS)
         # What the last token holds reaches the first one.
         later = hidden.clone()
         later[0, tokens[0].nonzero()[-1]] += 1
@@ -365,5 +373,6 @@ def test_a_stock_module_keeps_its_window_where_there_is_no_mask(num_queries: int
     out, _ = attention.attention_of_stock_modules(torch.nn.Module(), query, key, value, None, **given)
     distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None]
     bias = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= 4), float("-inf"))
-    expected = ((query @ key.transpose(-1, -2) * 0.25 + bias).softmax(-1) @ value).transpose(1, 2)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    weights = (query.double() @ key.double().transpose(-1, -2) * 0.25 + bias).softmax(-1)
+    expected = (weights @ value.double()).transpose(1, 2)
+    assert_close(out, expected, terms=16 + 2 * num_keys, condition=scores(query, key, 0.25))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, forward_terms, gradient_terms
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -352,7 +353,7 @@ def test_compiled_models_are_in_their_precision() -> None:
     compiled = torch.compile(model, backend="eager")
     for step in range(2):
         engine.seen.clear()
-        torch.testing.assert_close(compiled(IDS).logits, expected)
+        assert_close(compiled(IDS).logits, expected, terms=forward_terms(config, 10))
         assert recipes() == ["", "DelayedScaling"]
         assert engine.updates == step + 1
     torch.compiler.reset()
@@ -400,7 +401,7 @@ def test_what_is_computed_again_is_in_the_precision_and_updates_nothing(model: A
     assert recipes() == ["", "DelayedScaling", ""]
     assert engine.updates == 1, "once a step, not once more for each layer"
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name])
+        assert_close(parameter.grad, expected[name], terms=gradient_terms(model.config, 10, 20), name=name)
 
 
 def test_a_checkpoint_function_of_the_users_own_is_refused_under_fp8_and_left_alone_otherwise(model: Any) -> None:

@@ -686,7 +686,7 @@ def test_a_plan_of_many_tensors_is_translated_in_a_moment() -> None:
     plan = make_plan(rules, config={"layers": layers}, sources=sources, targets=targets)
     model = nn.Module()
     model.tepatch = SimpleNamespace(plan=plan)
-    started = time.perf_counter()
+    started = time.process_time()  # other tests may keep the machine busy
     names = names_of(model)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(names.groups) == 2 * layers

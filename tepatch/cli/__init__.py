@@ -1,4 +1,4 @@
-"""Commands: ``tepatch plugins``, ``check``, ``plan``, ``convert``, ``certify``, ``verify``, ``schema``, ``bench``.
+"""Commands: ``tepatch plugins``, ``doctor``, ``check``, ``plan``, ``convert``, ``certify``, ``verify`` and more.
 
 A command reads its arguments, calls the library and prints. What is heavy (torch, transformers, pydantic) is
 imported inside commands, so that listing plugins takes no longer than it must.
@@ -14,6 +14,7 @@ from tepatch.cli.benching import bench
 from tepatch.cli.certifying import certify
 from tepatch.cli.checking import check
 from tepatch.cli.converting import convert
+from tepatch.cli.diagnosing import doctor
 from tepatch.cli.listing import plugins, schema
 from tepatch.cli.planning import plan
 from tepatch.cli.verifying import verify
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (plugins, check, plan, convert, certify, verify, schema):
+for command in (plugins, doctor, check, plan, convert, certify, verify, schema):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

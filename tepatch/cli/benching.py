@@ -272,7 +272,7 @@ def _stock_loads(checkpoint: FolderCheckpoint, device: torch.device, dtype: str)
 
     def run() -> tuple[object, Mapping[str, float]]:
         placed = {} if device.type == "cpu" else {"device_map": str(device)}
-        model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed)
+        model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **placed)
         for parameter in model.parameters() if device.type == "cpu" else ():
             parameter.data = parameter.data.clone()  # left mapped to the file, it would not be read yet
         return model, {}

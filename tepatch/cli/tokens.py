@@ -28,7 +28,7 @@ def choose_tokens(folder: Path, *, tokens: Path | None, text: Path | None, max_t
     """Token ids ``[batch, tokens]`` from the file ``tokens``, else from the text file, else from ``SAMPLE``.
 
     Each sequence is cut to ``max_tokens``. Raises ``PlanError`` for a file that cannot be used and
-    ``CheckpointError`` where a tokenizer is needed and ``folder`` has none.
+    ``CheckpointError`` where a tokenizer is needed and ``folder`` has none, or one that asks to run code.
     """
     if tokens is not None:
         ids = parse_tokens(_read(tokens), where=str(tokens))
@@ -61,14 +61,38 @@ def _tokenize(folder: Path, text: str) -> list[int]:
         raise CheckpointError(_no_tokenizer(folder, "there is no tokenizer beside the weights"))
     from transformers import AutoTokenizer
 
+    from tepatch.hf.config import asks_to_run_code, code_refused
+
     try:
-        ids: list[int] = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text)["input_ids"]
+        # AutoTokenizer hands its trust_remote_code on to no other class, and 'tokenizer_class' may name AutoProcessor.
+        with code_refused():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            ids: list[int] = tokenizer(text)["input_ids"]
     except Exception as error:  # the many kinds of tokenizers have no common error, and the Rust one raises this
+        if asks_to_run_code(error):
+            raise CheckpointError(_asks_to_run_code(folder)) from error
         what = f"the tokenizer can not be used: {type(error).__name__}: {error}"
         raise CheckpointError(_no_tokenizer(folder, what)) from error
     if not ids:
         raise PlanError(Problem(where=str(folder), what="the tokenizer makes no token of the text"))
     return ids
+
+
+def _asks_to_run_code(folder: Path) -> Problem:
+    found = []
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "config.json"):
+        try:
+            named = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+        except (OSError, ValueError, AttributeError, RecursionError):  # no such file, or no object in it
+            continue
+        found += [f"auto_map = {_short(named)} in {name}"] if named else []
+    return Problem(
+        where=str(folder),
+        what="the tokenizer asks to run code of the checkpoint, and tepatch never runs any",
+        expected="a tokenizer that transformers has a class for",
+        found=", ".join(found),
+        fix="make token ids with a tokenizer that you trust, and pass them with --tokens FILE to tepatch verify",
+    )
 
 
 def _no_tokenizer(folder: Path, what: str) -> Problem:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,6 +44,31 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ) from error
     _follow_type(config, path)
     return config
+
+
+@contextmanager
+def code_refused() -> Iterator[None]:
+    """Inside, transformers raises an error where it would ask on the terminal whether it may run a checkpoint's code.
+
+    ``trust_remote_code=False`` alone does not answer every question: AutoTokenizer does not hand it on, and a model
+    that is made of others calls ``AutoModel.from_config(config.vision_config)`` without it.
+    """
+    from transformers import dynamic_module_utils
+
+    if threading.current_thread() is not threading.main_thread():  # it asks in the main thread only, by a signal
+        yield
+        return
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # how long it waits for an answer: with none it refuses at once
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+def asks_to_run_code(error: BaseException) -> bool:
+    """Whether transformers has refused to run code of a checkpoint."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 
 def _follow_type(config: PreTrainedConfig, path: Path) -> None:

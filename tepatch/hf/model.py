@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from tepatch.checkpoint import dtype_code
 from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.hf import attention
-from tepatch.hf.config import told
+from tepatch.hf.config import asks_to_run_code, code_refused, told
 from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.sharding import like_sharded
 from tepatch.mapping.plan import Plan, Spec
@@ -42,24 +43,36 @@ def build_on_meta(
     *,
     dtype: torch.dtype,
     replacements: Mapping[type, type] | None = None,
+    ignores: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PreTrainedModel, Replacement | None]:
     """A ``cls`` on the meta device, with layers replaced; parameters have names and shapes only.
 
-    The model gets its own copy of ``config``. Raises ``ReplaceError`` if a replacement was never used, and
-    ``PlanError`` if no model can be made from the config.
+    The model gets its own copy of ``config``. ``ignores`` is as in ``Patch``. Raises ``ReplaceError`` if a replacement
+    does not take what its class takes, or was never used, and ``PlanError`` if no model can be made from the config.
     """
     config = copy.deepcopy(config)
     config.dtype = dtype
     config._attn_implementation = attention.NAME
     report: Replacement | None = None
     try:
-        with torch.device("meta"), ExitStack() as stack:
+        with torch.device("meta"), code_refused(), ExitStack() as stack:
             if replacements:
-                report = stack.enter_context(replace_layers(replacements))
+                report = stack.enter_context(replace_layers(replacements, ignores=ignores))
             model = cls(config)
+            attention.mark_eager(model)
     except TepatchError:
         raise
     except Exception as error:  # whatever a constructor does with sizes and names that make no sense
+        if asks_to_run_code(error):
+            raise CheckpointError(
+                Problem(
+                    where="config",
+                    what=f"a part of {cls.__name__} asks to run code of the checkpoint, and tepatch never runs any",
+                    expected="parts of a model that transformers has classes for",
+                    found="an 'auto_map' inside the config",
+                    fix="take the 'auto_map' out of the part's config, and correct its model_type",
+                )
+            ) from error
         raise PlanError(
             Problem(
                 where="config",

@@ -144,6 +144,7 @@ class SelfAttention(nn.Module):
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -151,13 +152,16 @@ class SelfAttention(nn.Module):
 
         ``attention_mask`` is one of the forms of ``tepatch.te.sequences.layout_of``. ``position_embeddings`` are cos
         and sin of Hugging Face's rotary module (None: no positions). ``position_ids`` ``[b or 1, tokens]`` that begin
-        again at 0 where there is no mask are packed sequences, also with a new dynamic cache. Of ``kwargs``,
-        ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (with ``max_length_q`` and ``max_length_k``) tell where packed sequences
-        begin, and the rest does not concern attention. What comes out for padding means nothing.
+        again at 0 where there is no mask are packed sequences, also with a new dynamic cache. ``cache`` was called
+        ``past_key_values`` before transformers 5.24. Of ``kwargs``, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (with
+        ``max_length_q`` and ``max_length_k``) tell where packed sequences begin, and the rest does not concern
+        attention. What comes out for padding means nothing.
 
-        Raises ``UnsupportedError`` for a mask of another form, and for packed sequences that do not fit the tokens.
+        Raises ``UnsupportedError`` for a mask of another form, for packed sequences that do not fit the tokens, and for
+        what is not a ``transformers.Cache`` (the paged cache of continuous batching).
         """
-        if past_key_values is None:
+        cache = _one_cache(cache, past_key_values)
+        if cache is None:
             layout = self._layout(attention_mask, position_ids, hidden_states.shape, None, kwargs)
             fused: Any = (self.qkv, self.proj)
             is_plain = all(module.places.are_plain for module in fused)  # adapters expect rows of the batch
@@ -167,12 +171,12 @@ class SelfAttention(nn.Module):
         else:
             query, key, value = self._project(hidden_states, position_embeddings)
             tokens, num_keys = query.shape[1], None
-            if attention_mask is None and tokens > 1 and past_key_values.is_compileable:
+            if attention_mask is None and tokens > 1 and cache.is_compileable:
                 # Other attention implementations than ours say nothing of the empty slots of a static cache.
-                num_keys = int(past_key_values.get_seq_length(self.layer_idx)) + tokens
-            _order_copies(past_key_values, key.device)
+                num_keys = int(cache.get_seq_length(self.layer_idx)) + tokens
+            _order_copies(cache, key.device)
             # A cache holds [batch, heads, tokens, head_dim], after rotation.
-            cached = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+            cached = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
             key, value = (states.transpose(1, 2) for states in cached)
             num_keys = num_keys or key.shape[1]
             layout = self._layout(attention_mask, position_ids, hidden_states.shape, num_keys, kwargs)
@@ -241,7 +245,7 @@ class SelfAttention(nn.Module):
         if num_queries != num_keys:
             raise UnsupportedError(
                 Problem(
-                    where="past_key_values",
+                    where="cache",
                     what="packed sequences (cu_seq_lens_q) can not continue from a cache",
                     fix="pass use_cache=False, or a batch of padded rows",
                 )
@@ -250,6 +254,29 @@ class SelfAttention(nn.Module):
         lengths = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
         layout: Layout = packed_layout(starts, starts if key_starts is None else key_starts, num_queries, lengths, mask)
         return layout
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Cache | None:
+    """The cache, under the name that this version of transformers has for it."""
+    from transformers.cache_utils import Cache
+
+    if cache is None:
+        cache = past_key_values
+    elif past_key_values is not None and past_key_values is not cache:
+        raise UnsupportedError(
+            Problem(where="cache, past_key_values", what="two different caches were given", fix="pass one, as cache")
+        )
+    if cache is not None and not isinstance(cache, Cache):
+        raise UnsupportedError(
+            Problem(
+                where="cache",
+                what="the layers can not write keys and values to this",
+                expected="a transformers.Cache, such as DynamicCache or StaticCache",
+                found=type(cache).__name__,
+                fix="use generate instead of generate_batch: continuous batching has a cache of another kind",
+            )
+        )
+    return cache
 
 
 def _order_copies(cache: Cache, device: torch.device) -> None:

@@ -40,21 +40,35 @@ class DecoderLayer(AcceleratedLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states ``[b, s, hidden]`` to the same; arguments as Hugging Face's models pass them."""
+        """Hidden states ``[b, s, hidden]`` to the same; arguments as Hugging Face's models pass them.
+
+        ``cache`` was called ``past_key_values`` before transformers 5.24. Of ``kwargs`` nothing is used: what may be
+        in there is what concerns others (``tepatch.contract``).
+        """
         attended = self.self_attn(
             hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
-            **kwargs,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         hidden_states = hidden_states + self.after_attention(attended)
         return hidden_states + self.after_mlp(self.mlp(hidden_states))

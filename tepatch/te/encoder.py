@@ -61,7 +61,14 @@ class EncoderLayer(AcceleratedLayer):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        *,
+        cache: Any = None,
         past_key_values: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states ``[b, s, hidden]`` to the same; arguments as Hugging Face's models pass them.
@@ -71,6 +78,7 @@ class EncoderLayer(AcceleratedLayer):
         decoders = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
+            "cache": cache,
             "past_key_values": past_key_values,
         }
         if given := [name for name, value in decoders.items() if value is not None]:
@@ -81,7 +89,15 @@ class EncoderLayer(AcceleratedLayer):
                     fix="leave it out, or load this model with transformers",
                 )
             )
-        attended = self.attention(hidden_states, attention_mask=attention_mask, position_embeddings=None, **kwargs)
+        attended = self.attention(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=None,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )
         hidden_states = self.attention_LayerNorm(hidden_states + self.dropout(attended))
         added = self.dropout(self.fc2(self.activation(self.fc1(hidden_states))))
         out: Tensor = self.output_LayerNorm(hidden_states + added)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tepatch.contract import passes_on
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.tracing import outside_graphs
 
@@ -117,6 +118,7 @@ class Float32Rotary(nn.Module):
     work as they do in Hugging Face's class, which still computes everything.
     """
 
+    @passes_on
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # Of x, Hugging Face's modules use the device and the dtype of the result, nothing else.
         stand_in = torch.empty(0, dtype=torch.float32, device=x.device)

@@ -92,7 +92,10 @@ def _try(bench: Bench, mutant: Mutant, ids: Tensor, truth: Tensor, index: int) -
         arguments["mapping"] = path
     if mutant.fields is not None:
         arguments["config"] = config = changed(bench.config, mutant.fields)
-        stock = type(bench.stock).from_pretrained(bench.checkpoint, config=config, dtype=torch.float32).eval()
+        stock = type(bench.stock).from_pretrained(
+            bench.checkpoint, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+        stock.eval()
         # As far as rounding of float32 goes, on which two builds of one model agree.
         if torch.equal(numbers(stock(ids)), numbers(bench.models.theirs(ids))):
             return None

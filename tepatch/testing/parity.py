@@ -6,12 +6,12 @@ and no two of Hugging Face's own implementations agree on what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ LARGEST_ERROR = 1e-4
 NEW_TOKENS = 16
 ROOM_IN_CACHE = 9
 
+T = TypeVar("T")
 Row = Callable[[Bench, Any], Tensor]
 """From a bench and one of its models to the numbers that have to agree: float [n]."""
 
@@ -48,7 +49,7 @@ def judge(bench: Bench, truth: Tensor, theirs: Tensor, ours: Tensor) -> Finding:
     found, usual = distance(ours, truth), distance(theirs, truth)
     largest = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
     figures = {"ours": found, "theirs": usual, "largest": largest}
-    if not found <= bench.limit * usual:
+    if bench.has_truth and not found <= bench.limit * usual:
         raise Broken(
             f"the relative error is {found:.2e}, and may be {bench.limit} times Hugging Face's own, {usual:.2e}"
         )
@@ -63,9 +64,20 @@ def row(function: Row) -> Check:
     @wraps(function)
     def compare(bench: Bench) -> Finding:
         with torch.no_grad():
-            return judge(bench, *(function(bench, model) for model in bench.models))
+            return judge(bench, *each_once(bench.models, lambda model: function(bench, model)))
 
     return compare
+
+
+def each_once(models: Iterable[Any], compute: Callable[[Any], T]) -> list[T]:
+    """What ``compute`` gives for each of the models, asked once for one that is there twice."""
+    known: dict[int, T] = {}
+    out = []
+    for model in models:
+        if id(model) not in known:
+            known[id(model)] = compute(model)
+        out.append(known[id(model)])
+    return out
 
 
 def numbers(out: Any, mask: Tensor | None = None, *, is_pooled: bool = True) -> Tensor:
@@ -158,7 +170,7 @@ def fed(bench: Bench, model: Any, cache: Any, sizes: list[int], *, is_padded: bo
     parts, start = [], 0
     for size in (*sizes, bench.length - sum(sizes)):
         stop = start + size
-        arguments: dict[str, Any] = {"past_key_values": cache}
+        arguments: dict[str, Any] = {str(bench.cache_argument): cache}
         if is_padded:  # the mask covers what the cache holds
             arguments |= {"attention_mask": mask[:, :stop].long(), "position_ids": places[:, start:stop]}
         parts.append(numbers(model(ids[:, start:stop], **arguments), mask[:, start:stop]))
@@ -239,15 +251,17 @@ def generation(bench: Bench) -> Finding:
 def gradients(bench: Bench) -> Finding:
     """Gradients of a loss over everything, in the checkpoint's names and shapes."""
     ids, mask = bench.padded("right")
-    found = []
-    for model in bench.models:
+
+    def of(model: Any) -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
         out = numbers(model(ids, attention_mask=mask.long(), **bench.without_cache), mask)
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
         (out * direction).mean().backward()  # type: ignore[no-untyped-call]
         named = _restored(bench, model) if model is bench.models.ours else _stored(bench, model)
         model.zero_grad(set_to_none=True)
-        found.append(named)
+        return named
+
+    found = each_once(bench.models, of)
     names = set(found[0])
     if names != set(found[2]):
         raise Broken(f"gradients of other tensors: {', '.join(sorted(names ^ set(found[2])))}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tepatch.testing.cases import Bench
+if TYPE_CHECKING:
+    from tepatch.testing.cases import Bench
 
 
 class Broken(Exception):
@@ -30,5 +31,5 @@ class Finding:
     """More, for the JSON."""
 
 
-Check = Callable[[Bench], Finding]
+Check = Callable[["Bench"], Finding]
 """From the bench of a case to what is found there. Raises ``Broken`` or ``NotApplicable``."""

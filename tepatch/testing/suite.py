@@ -17,6 +17,7 @@ from tepatch.errors import PluginError, Problem
 from tepatch.mapping.read import read_mapping
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
+from tepatch.proven import installed, read_record, record_path, write_record
 from tepatch.report import installed_versions
 from tepatch.testing import parity, proofs
 from tepatch.testing.cases import Bench, Case, named, traits
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 REPORT_FOLDER = "TEPATCH_CONFORMANCE"
 """The environment variable that names a folder for the reports of tests."""
+RECORD = "TEPATCH_PROVEN"
+"""The environment variable that is "1" where tests add what they have proven to ``proven.json`` of the plugin."""
 
 _CHECKS = (
     *(proofs.plan, proofs.round_trip, proofs.round_trip_unconverted, proofs.refusals),
@@ -40,6 +43,8 @@ _CHECKS = (
 )
 CHECKS: dict[str, Check] = {check.__name__.replace("_", "-"): check for check in _CHECKS}
 """All checks by name, in the order in which they are run."""
+GPU = "gpu"
+"""The check that needs a GPU."""
 
 
 def check_patch(
@@ -77,7 +82,10 @@ def conformance_tests(
         test_conformance = conformance_tests("llama", [Case("tiny", LlamaConfig(...))])
 
     The tests of the check ``gpu`` are marked ``gpu``. With a folder in the environment variable
-    ``TEPATCH_CONFORMANCE``, what the tests find out is written to ``<patch>.json`` there. Raises as ``check_patch``.
+    ``TEPATCH_CONFORMANCE``, what the tests find out is written to ``<patch>.json`` there. With ``TEPATCH_PROVEN=1`` the
+    versions that are installed are added to the plugin's ``proven.json`` when all checks have passed; loads with these
+    versions then need no proof of their own. A check that was proven once, as that file says, and is skipped now,
+    fails. Raises as ``check_patch``.
     """
     import pytest
 
@@ -93,7 +101,14 @@ def conformance_tests(
         outcome = suite.run(case, name, lambda: tmp_path_factory.mktemp(f"{suite.name}-{case.name}".replace("/", "-")))
         if folder := os.environ.get(REPORT_FOLDER):
             suite.conformance().write(folder)
+        if os.environ.get(RECORD) == "1":
+            suite.record()
         if outcome.status == "skipped":
+            if suite.was_proven(case, name):
+                raise AssertionError(
+                    f"{suite.name}, {case.name}, {name}: was proven and is skipped now: {outcome.detail}; if that is "
+                    f"right, take the patch out of {record_path(suite.patch)} and prove it again"
+                )
             pytest.skip(outcome.detail)
         if outcome.error is not None:
             raise AssertionError(f"{suite.name}, {case.name}, {name}: {outcome.detail}") from outcome.error
@@ -144,6 +159,28 @@ class Suite:
         self._outcomes[case.name][name] = outcome
         return outcome
 
+    def was_proven(self, case: Case, name: str) -> bool:
+        """Whether the plugin's ``proven.json`` says that this check of this case was passed once."""
+        cases = read_record(record_path(self.patch)).get(self.name, {"skipped": {}})["skipped"]
+        return case.name in cases and name not in (*cases[case.name], GPU)
+
+    def record(self) -> None:
+        """Add the versions that are installed to ``proven.json``, if every check has been run and none has failed."""
+        found = self._outcomes
+        if any(outcomes.keys() | {GPU} != CHECKS.keys() for outcomes in found.values()):
+            return
+        if any(outcome.status == "failed" for outcomes in found.values() for outcome in outcomes.values()):
+            return
+        if any(self.was_proven(case, name) for case in self.cases for name in _skipped(found[case.name])):
+            return
+        skipped = {case: _skipped(outcomes) for case, outcomes in found.items()}
+        for reasons in skipped.values():
+            reasons.pop(GPU, None)  # whether there is one says nothing of the case
+        versions = installed(self.patch)
+        if not any(outcomes[GPU].status == "passed" for outcomes in found.values() if GPU in outcomes):
+            versions.pop("transformer-engine", None)
+        write_record(self.patch, versions, skipped)
+
     def conformance(self) -> Conformance:
         """What has been found out so far."""
         reports = {}
@@ -166,10 +203,14 @@ class Suite:
         )
 
 
+def _skipped(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    return {name: outcome.detail for name, outcome in outcomes.items() if outcome.status == "skipped"}
+
+
 def _outcome(bench: Bench, name: str) -> Outcome:
     started = time.perf_counter()
     try:
-        with _quietly():
+        with quietly():
             finding = CHECKS[name](bench)
     except PluginError:
         raise  # the patch or the case itself is wrong: no check can say anything
@@ -190,7 +231,7 @@ def _outcome(bench: Bench, name: str) -> Outcome:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """One thread, since the tensors are so small that a second only waits for the first; and no progress bars."""
     from transformers.utils import logging
 

@@ -16,9 +16,9 @@ def test_a_file_of_a_hundred_gigabytes_is_described_at_once(tmp_path: Path, writ
     header = {"w": {"dtype": "BF16", "shape": [nbytes // 2], "data_offsets": [0, nbytes]}}
     path = write_raw(tmp_path / "model.safetensors", header, data=nbytes)
     assert path.stat().st_blocks * 512 < 2**20
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = open_checkpoint(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert checkpoint.tensors["w"].nbytes == nbytes
 
 
@@ -42,12 +42,12 @@ def test_thirty_six_thousand_tensors_in_118_files_take_a_moment(
         file = f"model-{i + 1:05}-of-{num_files:05}.safetensors"
         write_raw(tmp_path / file, header, data=(len(header) - 1) * nbytes)
     write_index(tmp_path, weight_map)
-    start_time = time.perf_counter()
+    start_time = time.process_time()
     checkpoint = open_checkpoint(tmp_path)
-    seconds = time.perf_counter() - start_time
+    seconds = time.process_time() - start_time
     print(f"{num_tensors} tensors in {num_files} files: {seconds:.2f} s")
     assert len(checkpoint.tensors) == num_tensors
-    # About 0.6 s on a small machine; the bound allows for a machine that is busy.
+    # About 0.6 s on a small machine. It is the time of a processor: other tests may keep the machine busy.
     assert seconds < 5
 
 

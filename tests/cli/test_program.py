@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import resource
 import runpy
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,9 +75,15 @@ sys.exit(f"imported: {{heavy}}" if heavy else 0)
 
 
 def test_plugins_are_listed_at_once(site: Site) -> None:
-    started = time.perf_counter()
+    started = processor_seconds()
     assert site.run("plugins").returncode == 0
-    assert time.perf_counter() - started < 3  # about half a second alone; tests share the machine
+    assert processor_seconds() - started < 2  # about half a second
+
+
+def processor_seconds() -> float:
+    """Of the processes that have ended: other tests may keep the machine busy."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(site: Site) -> None:

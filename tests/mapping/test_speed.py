@@ -1,4 +1,7 @@
-"""A plan is made in a moment, for the largest models that there are."""
+"""A plan is made in a moment, for the largest models that there are.
+
+What is measured is the time of a processor: other tests may keep the machine busy.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ MAX_MEGABYTES_EXPERTS = 400
 def test_a_model_of_126_layers_is_planned_in_a_moment(llama: Callable[..., Any]) -> None:
     # The shape of Llama-3.1-405B.
     case = llama(layers=126, hidden=16384, inner=53248, heads=128, groups=8, d=128, vocab=128256)
-    started = time.perf_counter()
+    started = time.process_time()
     plan = case.plan()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert plan.source_bytes == 2 * 405_853_388_800
     assert len(plan.copies) == 1137
     assert seconds < MAX_SECONDS_DENSE
@@ -82,9 +85,9 @@ config = {
     "num_attention_heads": heads,
 }
 specs = [{name: Spec(shape, "BF16") for name, shape in each.items()} for each in (sources, targets)]
-started = time.perf_counter()
+started = time.process_time()
 plan = make_plan(parse_mapping(text), config=config, sources=specs[0], targets=specs[1])
-seconds = time.perf_counter() - started
+seconds = time.process_time() - started
 # Not ru_maxrss: a child begins with that of the process which started it.
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(json.dumps({

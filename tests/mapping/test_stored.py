@@ -106,9 +106,9 @@ def test_a_file_comes_back_as_it_was(everything: Plan, tmp_path: Path) -> None:
 def test_a_plan_of_126_layers_is_read_in_a_moment(llama: Callable[..., Any]) -> None:
     case = llama(layers=126, hidden=16384, inner=53248, heads=128, groups=8, d=128, vocab=128256)
     data = json.loads(json.dumps(case.plan().to_json()))
-    started = time.perf_counter()
+    started = time.process_time()  # other tests may keep the machine busy
     assert plan_from_json(data) == case.plan()
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 # -- fields that are not what they must be --

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, scores
 from torch import Tensor, nn
 
 from tepatch.te import engine, reference
@@ -67,9 +68,10 @@ def test_one_query_sees_a_cache_as_it_lies_and_all_else_is_made_contiguous(atten
     key, value = (torch.randn(2, 2, 5, 8).transpose(1, 2) for _ in "kv")
     out = attention(query, key, value, attn_mask_type="no_mask")
     assert attention.calls == []
-    weights = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(2, 2)).mul(0.3).softmax(-1)
-    expected = torch.einsum("bhqk,bkhd->bqhd", weights, value.repeat_interleave(2, 2)).flatten(2)
-    torch.testing.assert_close(out, expected)
+    wide_key, wide_value = (tensor.double().repeat_interleave(2, 2) for tensor in (key, value))
+    weights = torch.einsum("bqhd,bkhd->bhqk", query.double(), wide_key).mul(0.3).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, wide_value).flatten(2)
+    assert_close(out, expected, terms=8 + 2 * 5, condition=scores(query, key, 0.3))
     attention(query, key, value, attn_mask_type="causal_bottom_right")
     attention(query.expand(2, 3, 4, 8), key, value, attn_mask_type="no_mask")
     attention(query.clone().requires_grad_(), key, value, attn_mask_type="no_mask")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import ELEMENTWISE, assert_close
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral as hf
@@ -22,6 +23,10 @@ from tepatch.te.experts import Experts, MixtureOfExperts, mixture_of_experts
 from tepatch.te.reference_grouped import permute, unpermute
 
 EXPERTS, HIDDEN, FFN = 5, 16, 24
+TERMS = HIDDEN + FFN + EXPERTS + ELEMENTWISE
+"""That are added in two products, and over a token's experts."""
+BACK = HIDDEN + 2 * 32 + 37
+"""And on the way back: through both products, of 32 rows at the most, and over 37 tokens at the most."""
 
 
 @pytest.fixture
@@ -73,7 +78,7 @@ def test_outputs_and_gradients_are_those_of_the_stock_experts(k: int, config: Mi
         out.backward(torch.randn(out.shape, generator=generator(2), dtype=out.dtype))
         found.append([out, x.grad, weights.grad, *(p.grad for p in experts.parameters())])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert_close(ours, theirs, terms=TERMS + BACK)
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zeros(config: MixtralConfig) -> None:
@@ -96,7 +101,7 @@ def test_rows_lie_by_expert_and_come_back_to_their_tokens() -> None:
     x, (index, weights) = tokens(), routing()
     rows, order = permute(x, index)
     assert torch.equal(index.flatten()[order], index.flatten().sort().values)
-    torch.testing.assert_close(unpermute(rows, order, weights), x * weights.sum(-1, keepdim=True))
+    assert_close(unpermute(rows, order, weights), x * weights.sum(-1, keepdim=True), terms=4)
 
 
 def test_a_sum_over_experts_is_rounded_once() -> None:
@@ -110,7 +115,8 @@ def test_a_sum_over_experts_is_rounded_once() -> None:
 def test_the_mixture_is_the_stock_block_after_its_norm(config: MixtralConfig) -> None:
     ours, norm, block = mixture_and_stock(config)
     x = torch.randn(2, 7, HIDDEN, generator=generator())
-    torch.testing.assert_close(ours(x), block(norm(x)), rtol=1e-5, atol=1e-5)
+    expected = block.double()(norm.double()(x.double()))
+    assert_close(ours(x), expected, terms=HIDDEN + ELEMENTWISE + HIDDEN + TERMS)  # the norm, and the router's scores
 
 
 def test_jitter_is_that_of_the_stock_block_and_in_training_only(config: MixtralConfig) -> None:
@@ -122,7 +128,7 @@ def test_jitter_is_that_of_the_stock_block_and_in_training_only(config: MixtralC
         for module in (ours.train(training), nn.Sequential(norm, block).train(training)):
             torch.manual_seed(5)
             out.append(module(x))
-        torch.testing.assert_close(*out, rtol=1e-5, atol=1e-5)
+        assert_close(*out, terms=HIDDEN + ELEMENTWISE + HIDDEN + TERMS)
         assert (torch.rand(1) == torch.rand(1, generator=generator(5))).item() is not training
 
 
@@ -272,7 +278,7 @@ def test_grouped_products_of_slices_have_their_gradients_in_the_whole(
     expected.backward(torch.randn(expected.shape, generator=generator(2), dtype=expected.dtype))
     theirs = [expected, rows.grad, *(parameter.grad for parameter in experts.parameters())]
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert_close(one, other, terms=TERMS + BACK)
 
 
 def test_a_step_follows_the_parameters_and_keeps_nothing_of_them(te: SimpleNamespace, config: MixtralConfig) -> None:
@@ -300,7 +306,7 @@ def test_rows_are_padded_for_each_expert_where_products_are_quantized(
     for step in experts.__dict__["_steps"].values():
         assert step.splits == [counts, [16, 0, 16, 32, 0]]
     for one, other in zip(plain, padded, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert_close(one, other, terms=TERMS + BACK)
 
 
 def test_sizes_that_a_quantized_format_can_not_take_are_refused(te: SimpleNamespace, config: MixtralConfig) -> None:

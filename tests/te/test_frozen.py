@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -223,7 +224,7 @@ def test_a_frozen_weight_is_quantized_once(
 def test_a_batch_of_another_size_uses_the_same_copy() -> None:
     ours = layer()
     whole = call(ours)
-    assert torch.equal(call(ours, X[:3]), whole[:3])
+    assert_close(call(ours, X[:3]), whole[:3], terms=16)  # fewer rows may be added in another order
     assert ours.linear.made == 1
 
 

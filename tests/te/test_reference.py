@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import ELEMENTWISE, assert_close
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -21,12 +23,6 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def assert_close(actual: Tensor, expected: Tensor, name: str, *, rtol: float = 1e-5) -> None:
-    difference = (actual - expected).abs()
-    bound = rtol * expected.abs().max()
-    assert difference.max() <= bound, f"{name}: max {difference.max():.3g}, mean {difference.mean():.3g}"
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -58,18 +54,19 @@ def test_every_activation_has_a_formula_here() -> None:
 def test_an_mlp_computes_its_activation_with_the_gate_in_the_first_half(activation: str) -> None:
     mlp = LayerNormMLP(6, 5, normalization="RMSNorm", activation=activation, eps=1e-6)
     randomize(mlp)
-    x = torch.randn(2, 3, 6)
-    normed = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * mlp.layernorm_weight
-    assert mlp.fc1_bias is not None
-    assert mlp.fc2_bias is not None
-    fc1 = normed @ mlp.fc1_weight.T + mlp.fc1_bias
+    single = torch.randn(2, 3, 6)
+    x, at = single.double(), SimpleNamespace(**{name: tensor.double() for name, tensor in mlp.named_parameters()})
+    normed = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * at.layernorm_weight
+    fc1 = normed @ at.fc1_weight.T + at.fc1_bias
     if activation in GATED_FORMULAS:
         assert mlp.fc1_weight.shape == (10, 6)
         middle = GATED_FORMULAS[activation](fc1[..., :5]) * fc1[..., 5:]
     else:
         assert mlp.fc1_weight.shape == (5, 6)
         middle = FORMULAS[activation](fc1)
-    assert_close(mlp(x), middle @ mlp.fc2_weight.T + mlp.fc2_bias, activation)
+    # The norm, two products with their biases; what comes before is squared by an activation, at the most.
+    terms = 2 * (6 + 7 + ELEMENTWISE) + 6
+    assert_close(mlp(single), middle @ at.fc2_weight.T + at.fc2_bias, terms=terms, name=activation)
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
@@ -85,17 +82,18 @@ def test_a_norm_is_its_formula_alone_and_before_a_linear(normalization: str, zer
         if isinstance(norm, LayerNorm):
             assert linear.layernorm_bias is not None
             linear.layernorm_bias.copy_(norm.bias)
-    x = torch.randn(2, 3, 6)
-    gamma = norm.weight + 1 if zero_centered else norm.weight
+    single = torch.randn(2, 3, 6)
+    x, gamma = single.double(), norm.weight.double() + zero_centered
     if normalization == "RMSNorm":
         expected = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 0.1) * gamma
     else:
         centered = x - x.mean(-1, keepdim=True)
-        expected = centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + 0.1) * gamma + norm.bias
-    out, normed = linear(x)
-    assert_close(norm(x), expected, "norm")
-    assert_close(normed, expected, "returned norm")
-    assert_close(out, expected @ linear.weight.T, "linear")
+        expected = centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + 0.1) * gamma + norm.bias.double()
+    out, normed = linear(single)
+    terms = 2 * 6 + ELEMENTWISE  # a LayerNorm has two sums
+    assert_close(norm(single), expected, terms=terms, name="norm")
+    assert_close(normed, expected, terms=terms, name="returned norm")
+    assert_close(out, expected @ linear.weight.double().T, terms=terms + 6, name="linear")
 
 
 def test_rms_norm_in_float32_is_llamas() -> None:
@@ -124,7 +122,9 @@ def test_a_norm_spans_all_the_dimensions_of_its_shape() -> None:
     x = torch.randn(3, 2, 4)
     ours = RMSNorm((2, 4), eps=0.0)
     assert ours.weight.shape == (2, 4)
-    assert_close(ours(x), x / (x * x).mean((1, 2), keepdim=True).sqrt(), "two dimensions")
+    exact = x.double()
+    exact = exact / (exact * exact).mean((1, 2), keepdim=True).sqrt()
+    assert_close(ours(x), exact, terms=2 * 4 + ELEMENTWISE, name="two dimensions")
 
 
 def test_an_activation_in_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
@@ -151,7 +151,8 @@ def test_a_swiglu_mlp_is_llamas_norm_and_mlp_with_gate_and_up_stacked() -> None:
         }
     )
     x = torch.randn(2, 7, 32)
-    assert_close(ours(x), llama(norm(x)), "LlamaMLP")
+    expected = llama.double()(norm.double()(x.double()))
+    assert_close(ours(x), expected, terms=32 + 32 + 48 + ELEMENTWISE, name="LlamaMLP")
 
 
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])

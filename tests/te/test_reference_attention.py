@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, scores
 from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -26,10 +28,10 @@ def random_qkv(num_queries: int, num_keys: int, dtype: torch.dtype = torch.float
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float = CHANNELS**-0.5) -> Tensor:
-    """Hugging Face's eager attention under a boolean mask, True = masked out."""
+    """Hugging Face's eager attention under a boolean mask, True = masked out; in float64, but for its softmax."""
     out, _ = eager_attention_forward(
         SimpleNamespace(num_key_value_groups=HEADS // GROUPS, training=False),
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        *(x.double().transpose(1, 2) for x in (query, key, value)),
         torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")),
         scaling=scale,
     )
@@ -56,9 +58,10 @@ def brute_force(
     return hidden
 
 
-def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
-    difference = (actual - expected).abs()
-    assert difference.max() < 1e-5, f"{name}: max {difference.max():.3g}, mean {difference.mean():.3g}"
+def bound(attention: DotProductAttention, query: Tensor, key: Tensor) -> dict[str, Any]:
+    """For ``assert_close``: sums over the channels, and over the keys in softmax and of the values."""
+    terms = CHANNELS + 2 * key.shape[1]
+    return {"terms": terms, "condition": scores(query, key, attention.softmax_scale)}
 
 
 WINDOWS = [(-1, -1), (0, 0), (2, 0), (3, 2)]
@@ -78,7 +81,7 @@ def test_masks_without_padding_are_those_written_out(mask_type: str, lengths: tu
     out = attention(q, k, v)
     assert out.isfinite().all()
     assert not out[~seeing].any()
-    assert_close(out[seeing], eager(q, k, v, hidden)[seeing], f"{mask_type} {lengths} {window}")
+    assert_close(out[seeing], eager(q, k, v, hidden)[seeing], **bound(attention, q, k))
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -104,7 +107,7 @@ def test_masks_with_padding_are_those_written_out(mask_type: str, attention_type
     seeing = ~hidden.all(-1)[:, 0]
     out = attention(q, k, v, mask)
     assert not out[~seeing].any()
-    assert_close(out[seeing], eager(q, k, v, hidden)[seeing], f"{mask_type} {attention_type} {window}")
+    assert_close(out[seeing], eager(q, k, v, hidden)[seeing], **bound(attention, q, k))
 
 
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, 5, 6), (BATCH, 1, 5, 6), (1, 1, 5, 6), (BATCH, 1, 1, 6)])
@@ -114,7 +117,7 @@ def test_an_arbitrary_mask_broadcasts_and_true_is_masked_out(shape: tuple[int, .
     hidden = torch.rand(shape) < 0.5
     hidden[..., 0] = False
     expected = eager(q, k, v, hidden.expand(BATCH, -1, 5, -1))
-    assert_close(attention(q, k, v, hidden), expected, f"arbitrary {shape}")
+    assert_close(attention(q, k, v, hidden), expected, **bound(attention, q, k))
 
 
 def test_a_window_also_narrows_an_arbitrary_mask() -> None:
@@ -123,26 +126,28 @@ def test_a_window_also_narrows_an_arbitrary_mask() -> None:
     hidden = torch.zeros(1, 1, 5, 6, dtype=torch.bool)
     hidden[..., 3] = True
     expected = hidden | brute_force("no_mask", (2, 0), [5], [6], 5, 6)
-    assert_close(attention(q, k, v, hidden, window_size=(2, 0)), eager(q, k, v, expected), "window")
+    out = attention(q, k, v, hidden, window_size=(2, 0))
+    assert_close(out, eager(q, k, v, expected), **bound(attention, q, k))
 
 
 def test_the_mask_type_and_the_window_of_a_call_go_before_the_constructors() -> None:
     attention = DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd", window_size=(2, 0))
     q, k, v = random_qkv(3, 7)
+    near = bound(attention, q, k)
     constructor = brute_force("causal", (2, 0), [3] * BATCH, [7] * BATCH, 3, 7)
-    assert_close(attention(q, k, v), eager(q, k, v, constructor), "constructor")
+    assert_close(attention(q, k, v), eager(q, k, v, constructor), **near, name="constructor")
     call = brute_force("causal_bottom_right", (2, 0), [3] * BATCH, [7] * BATCH, 3, 7)
     out = attention(q, k, v, attn_mask_type="causal_bottom_right")
-    assert_close(out, eager(q, k, v, call), "mask type")
+    assert_close(out, eager(q, k, v, call), **near, name="mask type")
     call = brute_force("causal", (1, 0), [3] * BATCH, [7] * BATCH, 3, 7)
-    assert_close(attention(q, k, v, window_size=(1, 0)), eager(q, k, v, call), "window")
+    assert_close(attention(q, k, v, window_size=(1, 0)), eager(q, k, v, call), **near, name="window")
 
 
 def test_a_causal_module_called_without_a_mask_looks_everywhere() -> None:
     attention = DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")
     q, k, v = random_qkv(3, 5)
     nothing = torch.zeros(BATCH, 1, 3, 5, dtype=torch.bool)
-    assert_close(attention(q, k, v, attn_mask_type="no_mask"), eager(q, k, v, nothing), "no_mask")
+    assert_close(attention(q, k, v, attn_mask_type="no_mask"), eager(q, k, v, nothing), **bound(attention, q, k))
 
 
 def test_a_causal_type_never_looks_ahead_whatever_its_window() -> None:
@@ -159,10 +164,11 @@ def test_a_window_that_te_refuses_is_refused(mask_type: str, window: Window) -> 
 
 def test_sbhd_is_bshd_with_the_first_two_dimensions_swapped() -> None:
     q, k, v = random_qkv(5, 5)
-    bshd = DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")(q, k, v)
+    attention = DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")
+    bshd = attention(q, k, v)
     sbhd = DotProductAttention(HEADS, CHANNELS, GROUPS)(*(x.transpose(0, 1) for x in (q, k, v)))
     assert bshd.shape == (BATCH, 5, HEADS * CHANNELS)
-    assert torch.equal(sbhd.transpose(0, 1), bshd)
+    assert_close(sbhd.transpose(0, 1), bshd, **bound(attention, q, k))  # other strides may be added otherwise
 
 
 def test_values_may_be_wider_than_keys_and_the_scale_comes_from_the_keys() -> None:
@@ -170,14 +176,14 @@ def test_values_may_be_wider_than_keys_and_the_scale_comes_from_the_keys() -> No
     q, k, _ = random_qkv(5, 5)
     v = torch.randn(BATCH, 5, GROUPS, 12)
     hidden = brute_force("causal", (-1, -1), [5] * BATCH, [5] * BATCH, 5, 5)
-    assert_close(attention(q, k, v), eager(q, k, v, hidden), "wide values")
+    assert_close(attention(q, k, v), eager(q, k, v, hidden), **bound(attention, q, k))
 
 
 def test_a_softmax_scale_replaces_the_default() -> None:
     attention = DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd", softmax_scale=0.7)
     q, k, v = random_qkv(5, 5)
     hidden = brute_force("causal", (-1, -1), [5] * BATCH, [5] * BATCH, 5, 5)
-    assert_close(attention(q, k, v), eager(q, k, v, hidden, scale=0.7), "scale")
+    assert_close(attention(q, k, v), eager(q, k, v, hidden, scale=0.7), **bound(attention, q, k))
 
 
 @pytest.mark.parametrize("mask_type", ["causal", "no_mask"])
@@ -186,11 +192,11 @@ def test_a_softcap_bends_the_scaled_scores(mask_type: str) -> None:
         HEADS, CHANNELS, GROUPS, qkv_format="bshd", attn_mask_type=mask_type, softcap=0.5, softmax_scale=0.3
     )
     q, k, v = random_qkv(5, 5)
-    wide_k, wide_v = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in (k, v))
-    scores = 0.5 * torch.tanh(q.transpose(1, 2) @ wide_k.transpose(2, 3) * 0.3 / 0.5)
+    wide_k, wide_v = (x.double().repeat_interleave(2, dim=2).transpose(1, 2) for x in (k, v))
+    capped = 0.5 * torch.tanh(q.double().transpose(1, 2) @ wide_k.transpose(2, 3) * 0.3 / 0.5)
     hidden = brute_force(mask_type, (-1, -1), [5] * BATCH, [5] * BATCH, 5, 5)
-    expected = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ wide_v
-    assert_close(attention(q, k, v), expected.transpose(1, 2).flatten(2), "softcap")
+    expected = capped.masked_fill(hidden, float("-inf")).softmax(-1) @ wide_v
+    assert_close(attention(q, k, v), expected.transpose(1, 2).flatten(2), **bound(attention, q, k))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
@@ -212,8 +218,10 @@ def test_gradients_are_those_of_eager_attention_and_rows_without_keys_give_none(
         seeing = ~hidden.all(-1)[:, 0]
         opened = hidden & ~hidden.all(-1, keepdim=True)
         expected = torch.autograd.grad(eager(q, k, v, opened)[seeing].square().sum(), (q, k, v))
+        near = bound(attention, q, k)
+        near["terms"] *= 3  # forth, and back through twice the products
         for name, ours, theirs in zip("qkv", gradients, expected, strict=True):
-            assert_close(ours, theirs, name)
+            assert_close(ours, theirs, **near, name=name)
 
 
 @pytest.mark.parametrize("mask_type", ["causal", "no_mask", "causal_bottom_right", "arbitrary"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, scores
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -84,17 +85,28 @@ def test_attention_by_a_layout_is_attention_under_the_mask(mask: Tensor, num_que
     core = resolve("reference").DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")
     seen = pair_by_pair(mask, num_queries, window)
 
-    out = attend(core, query, key, value, layout_of(mask, num_queries, num_keys, window=window), window)
-    expected = attend(core, query, key, value, Masked(seen))
+    inputs = (query, key, value)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+
+    out = attend(core, *inputs, layout_of(mask, num_queries, num_keys, window=window), window)
+    expected = attend(core, *exact, Masked(seen))
 
     rows = seen.any(dim=-1)[:, 0, :, None]  # what comes out at padding is nobody's
-    torch.testing.assert_close(out * rows, expected * rows, rtol=0, atol=1e-6)
+    # Scores, softmax and values; back through weights and softmax to the queries that share a key.
+    forth, back = CHANNELS + 2 * num_keys, CHANNELS + num_keys + max(num_keys, num_queries * HEADS // GROUPS)
+    condition = scores(query, key, core.softmax_scale)
+    assert_close(out * rows, expected * rows, terms=forth, condition=condition, name="out")
     assert not (out * ~rows).any()
     upstream = torch.randn_like(out) * rows
-    inputs, options = (query, key, value), {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(out, inputs, upstream, **options)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream, **options), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
+    options = {"allow_unused": True, "materialize_grads": True}
+    # As one vector: that of a query which sees one key is a difference of equal numbers.
+    found, wanted = (
+        torch.cat(
+            [gradient.flatten() for gradient in torch.autograd.grad(result, given, upstream.to(result), **options)]
+        )
+        for result, given in ((out, inputs), (expected, exact))
+    )
+    assert_close(found, wanted, terms=forth + back, condition=condition, name="gradients")
 
 
 @pytest.mark.parametrize(

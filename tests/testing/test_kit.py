@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama import modeling_llama as hf
 
 import tepatch
 from tepatch import te
+from tepatch.contract import passes_on
 from tepatch.errors import PluginError
 from tepatch.te.attention import SelfAttention
 from tepatch.te.decoder import attention_options
 from tepatch.te.rope import Float32Rotary
 from tepatch.testing import Case, Conformance, check_patch, small_sizes
+from tepatch.testing.cases import cache_name
 from tepatch_llama import layer as llama
+
+CACHE = str(cache_name(LlamaModel.forward))
+"""What models call their cache in this version of transformers."""
 
 MAPPING = Path(te.__file__).with_name("decoder.tepatch.yaml")
 """All that Llama's mapping is for a model without biases."""
@@ -54,16 +59,18 @@ class _WrongScale(llama.LlamaDecoderLayer):
 
 @kind(hf.LlamaDecoderLayer, "NoMask")
 class _NoMask(llama.LlamaDecoderLayer):
+    @passes_on  # it does not: that is the mistake
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         return super().forward(hidden_states, **kwargs)
 
 
 @kind(hf.LlamaDecoderLayer, "NoCache")
 class _NoCache(llama.LlamaDecoderLayer):
+    @passes_on
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        if kwargs.get("past_key_values") is not None and hidden_states.shape[1] == 1:
-            kwargs["past_key_values"] = attention_mask = None
-        return super().forward(hidden_states, attention_mask, **kwargs)
+        if kwargs.get(CACHE) is not None and hidden_states.shape[1] == 1:
+            kwargs[CACHE] = attention_mask = None
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
 
 
 @kind(hf.LlamaDecoderLayer, "NoGradient")

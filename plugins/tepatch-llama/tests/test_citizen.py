@@ -16,9 +16,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 
 import tepatch
 from tepatch.errors import UnsupportedError
+from tepatch.testing.cases import cache_name
+
+CACHE = str(cache_name(LlamaModel.forward))
+"""What models call their cache in this version of transformers."""
 
 Row = Callable[[Any, Any], Tensor]
 """From a model and the ``Trio`` that it is of, to the numbers that have to agree."""
@@ -199,7 +204,7 @@ def custom_mask_onto_a_cache(model: Any, t: Any) -> Tensor:
     mask[:, :, :half, half:] = False
     cache = dynamic(model)
     parts = [
-        logits(model, ids, attention_mask=part, past_key_values=cache)
+        logits(model, ids, attention_mask=part, **{CACHE: cache})
         for ids, part in (
             (t.tokens()[:, :half], mask[:, :, :half, :half]),
             (t.tokens()[:, half:], mask[:, :, half:]),
@@ -320,7 +325,7 @@ def in_chunks(model: Any, t: Any, cache: Any, *, side: str = "", sizes: tuple[in
         if side:
             # The mask is longer than the input: it covers what the cache holds.
             arguments = {"attention_mask": mask[:, :stop].long(), "position_ids": positions_of(mask)[:, start:stop]}
-        parts.append(logits(model, ids[:, start:stop], past_key_values=cache, **arguments))
+        parts.append(logits(model, ids[:, start:stop], **{CACHE: cache}, **arguments))
         start = stop
     return torch.cat(parts, dim=1)[mask]
 
@@ -383,15 +388,15 @@ def prompt_into_a_static_cache_with_a_mask_of_its_length(model: Any, t: Any) -> 
     cache = static(model, t)
     longer = torch.cat([mask, torch.ones(4, 9, dtype=torch.bool, device=t.device)], dim=1).long()
     positions = positions_of(mask)
-    return logits(model, t.tokens(), attention_mask=longer, position_ids=positions, past_key_values=cache)[mask]
+    return logits(model, t.tokens(), attention_mask=longer, position_ids=positions, **{CACHE: cache})[mask]
 
 
 @row
 def cropped_cache(model: Any, t: Any) -> Tensor:
     cache, ids = dynamic(model), t.tokens()
-    parts = [logits(model, ids, past_key_values=cache)]
+    parts = [logits(model, ids, **{CACHE: cache})]
     cache.crop(-(t.length // 2))
-    parts.append(logits(model, ids[:, : t.length // 4], past_key_values=cache))
+    parts.append(logits(model, ids[:, : t.length // 4], **{CACHE: cache}))
     return torch.cat(parts, dim=1)
 
 
@@ -399,11 +404,11 @@ def cropped_cache(model: Any, t: Any) -> Tensor:
 def reordered_cache(model: Any, t: Any) -> Tensor:
     cache, ids, mask = dynamic(model), t.tokens(), mask_of(t, "left")
     order = torch.tensor([2, 0, 0, 1], device=t.device)
-    model(ids, attention_mask=mask.long(), position_ids=positions_of(mask), past_key_values=cache)
+    model(ids, attention_mask=mask.long(), position_ids=positions_of(mask), **{CACHE: cache})
     cache.reorder_cache(order)
     longer = torch.cat([mask[order], torch.ones_like(mask)], dim=1)
     more = {"attention_mask": longer.long(), "position_ids": positions_of(longer)[:, t.length :]}
-    return logits(model, ids, past_key_values=cache, **more)
+    return logits(model, ids, **{CACHE: cache}, **more)
 
 
 @row
@@ -416,7 +421,7 @@ def cache_of_a_window(model: Any, t: Any) -> Tensor:
     cache = DynamicCache(config=config)
     ids = t.tokens()
     pieces = [ids[:, :6], *ids[:, 6:22].split(1, dim=1)]
-    return torch.cat([logits(model, piece, past_key_values=cache) for piece in pieces], dim=1)
+    return torch.cat([logits(model, piece, **{CACHE: cache}) for piece in pieces], dim=1)
 
 
 # What goes in and comes out
@@ -742,7 +747,7 @@ def from_the_cache_of_the_last_turn(model: Any, t: Any) -> Text:
     """Two turns of a conversation; the second begins with the cache of the first."""
     first = model.generate(t.tokens(1), max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, t.tokens(1, 5, seed=4)], dim=1)
-    return text_after(model, longer, torch.ones_like(longer), new=9, past_key_values=first.past_key_values)
+    return text_after(model, longer, torch.ones_like(longer), new=9, **{CACHE: first[CACHE]})
 
 
 @generation(greedy=True)

@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, MixtralConfig
+from transformers import DynamicCache, LlamaConfig, LlamaModel, MixtralConfig
 
 import tepatch
+from tepatch.testing.cases import cache_name
+
+CACHE = str(cache_name(LlamaModel.forward))
+"""What models call their cache in this version of transformers."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -473,10 +477,10 @@ def decoding(model: Any, rows: int, steps: int = 20) -> tuple[float, float]:
     token = batch(rows, 1)
 
     def step() -> None:
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, **{CACHE: cache}, use_cache=True)
 
     with torch.no_grad():
-        model(batch(rows, 128), past_key_values=cache, use_cache=True)
+        model(batch(rows, 128), **{CACHE: cache}, use_cache=True)
         for _ in range(5):
             step()
         torch.cuda.synchronize()

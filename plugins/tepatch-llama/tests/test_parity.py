@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_close, forward_terms, gradient_terms
+from transformers import LlamaModel
 
 import tepatch
 from tepatch.errors import PlanError, UnsupportedError
 from tepatch.execute import restore_tensors
+from tepatch.testing.cases import cache_name
 
-TOLERANCE = 2e-5  # of the largest logit
+CACHE = str(cache_name(LlamaModel.forward))
+"""What models call their cache in this version of transformers."""
+
 LONG = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
@@ -53,19 +58,13 @@ def ids(batch: int = 2, tokens: int = 48) -> torch.Tensor:
     return torch.randint(1, 128, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def error(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest reference value."""
-    logits, reference = logits.detach(), reference.detach()
-    return float((logits - reference).abs().max() / reference.abs().max())
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_those_of_hugging_face(name: str, tiny_llama: Make, save_checkpoint: Save) -> None:
     stock = tiny_llama(**CONFIGS[name])
     model = tepatch.load("llama", save_checkpoint(stock, shards=3), backend="reference")
     assert type(model) is type(stock)
     ours, theirs = (m(ids(), labels=ids()) for m in (model, stock))
-    assert error(ours.logits, theirs.logits) <= TOLERANCE
+    assert_close(ours.logits, theirs.logits, terms=forward_terms(stock.config, 48))
     ours.loss.backward()
     theirs.loss.backward()
     # The plan backwards turns our gradients into Hugging Face's, tensor by tensor.
@@ -74,7 +73,7 @@ def test_logits_and_gradients_equal_those_of_hugging_face(name: str, tiny_llama:
     restored = dict(restore_tensors(model.tepatch.plan, gradients))
     assert restored.keys() == expected.keys()
     for key, gradient in restored.items():
-        assert error(gradient, expected[key]) <= 1e-4, key
+        assert_close(gradient, expected[key], terms=gradient_terms(stock.config, 48, 2 * 48), name=key)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,7 +94,8 @@ def test_positions_past_the_original_length_agree(rope: str, tiny_llama: Make, s
     model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
     for tokens in (16, 200, 16):
         with torch.no_grad():
-            assert error(model(ids(1, tokens)).logits, stock(ids(1, tokens)).logits) <= TOLERANCE
+            ours, theirs = (m(ids(1, tokens)).logits for m in (model, stock))
+        assert_close(ours, theirs, terms=forward_terms(stock.config, tokens))
 
 
 def test_angles_stay_in_float32_when_the_model_is_cast(tiny_llama: Make, save_checkpoint: Save) -> None:
@@ -138,7 +138,7 @@ def test_masks_and_positions_agree(padding: str, tiny_llama: Make, save_checkpoi
         arguments["attention_mask"] = keep.long()
     with torch.no_grad():
         ours, theirs = (m(tokens, **arguments).logits[keep] for m in (model, stock))
-    assert error(ours, theirs) <= TOLERANCE
+    assert_close(ours, theirs, terms=forward_terms(stock.config, 12))
 
 
 def test_a_prompt_in_chunks_equals_a_prompt_at_once(tiny_llama: Make, save_checkpoint: Save) -> None:
@@ -149,8 +149,8 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(tiny_llama: Make, save_check
     with torch.no_grad():
         whole = model(ids(1, 24)).logits
         for chunk in ids(1, 24).split((9, 1, 14), dim=1):
-            parts.append(model(chunk, past_key_values=cache).logits)
-    assert error(torch.cat(parts, dim=1), whole) <= TOLERANCE
+            parts.append(model(chunk, **{CACHE: cache}).logits)
+    assert_close(torch.cat(parts, dim=1), whole, terms=forward_terms(model.config, 24))
 
 
 def test_hidden_states_and_gradient_checkpointing_work_as_in_hugging_face(
@@ -161,7 +161,7 @@ def test_hidden_states_and_gradient_checkpointing_work_as_in_hugging_face(
     ours, theirs = (m(ids(), output_hidden_states=True).hidden_states for m in (model, stock))
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
-        assert error(a, b) <= TOLERANCE
+        assert_close(a, b, terms=forward_terms(stock.config, 48))
     calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -224,8 +224,9 @@ def test_a_prompt_into_a_static_cache_sees_no_empty_slots(tiny_llama: Make, save
     cache, parts = StaticCache(config=model.config, max_cache_len=40), []
     with torch.no_grad():
         for chunk in ids(1, 24).split((9, 1, 14), dim=1):
-            parts.append(model(chunk, past_key_values=cache).logits)
-        assert error(torch.cat(parts, dim=1), stock(ids(1, 24)).logits) <= TOLERANCE
+            parts.append(model(chunk, **{CACHE: cache}).logits)
+        expected = stock(ids(1, 24)).logits
+    assert_close(torch.cat(parts, dim=1), expected, terms=forward_terms(stock.config, 24))
 
 
 def test_a_layer_called_alone_in_chunks_is_causal_to_the_bottom_right(tiny_llama: Make, save_checkpoint: Save) -> None:
@@ -241,8 +242,8 @@ def test_a_layer_called_alone_in_chunks_is_causal_to_the_bottom_right(tiny_llama
             parts = []
             for start, stop in ((0, 5), (5, 12)):
                 positions = rotary(states, torch.arange(start, stop)[None])
-                parts.append(layer(states[:, start:stop], position_embeddings=positions, past_key_values=cache))
-            assert error(torch.cat(parts, dim=1), whole) <= TOLERANCE
+                parts.append(layer(states[:, start:stop], position_embeddings=positions, **{CACHE: cache}))
+            assert_close(torch.cat(parts, dim=1), whole, terms=forward_terms(model.config, 12))
 
 
 def test_a_mask_for_other_keys_is_refused(tiny_llama: Make, save_checkpoint: Save) -> None:

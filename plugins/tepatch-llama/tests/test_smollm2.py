@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ def test_logits_over_1024_real_tokens_are_hugging_faces(
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
     assert ids.shape == (1, 1024)
     with torch.no_grad():
-        agreement = compare_logits(*(model(ids).logits for model in models))
-    print(f"\n{agreement}")
-    assert agreement.max_error_relative <= 2e-5
-    assert agreement.top1_agreement == 1.0
+        ours, theirs = (model(ids).logits for model in models)
+        truth = copy.deepcopy(models[1]).double()(ids).logits
+    found, usual = compare_logits(ours, truth), compare_logits(theirs, truth)
+    print(f"\n{found}\nHugging Face: {usual}")
+    # As in conftest.py: the bounds from the number of terms, 230,000, would hide mistakes in a model of this size, but
+    # Hugging Face's own error keeps to the same bounds, on the same processor.
+    assert found.relative_error <= 4 * usual.relative_error
+    assert found.max_error_relative <= 4 * usual.max_error_relative
+    assert found.top1_agreement > 0.99  # two logits that are all but equal may change their places
 
 
 def test_64_greedy_tokens_are_hugging_faces(models: tuple[Any, Any], tokenizer: Any) -> None:

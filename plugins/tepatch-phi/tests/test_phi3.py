@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounding import assert_close, forward_terms
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import tepatch
@@ -44,7 +45,7 @@ def test_what_is_added_is_dropped_as_in_hugging_face(tmp_path: Path) -> None:
         torch.manual_seed(7)
         logits[name] = model.train()(tokens(2, 12)).logits
         assert not torch.allclose(logits[name], evaluated, rtol=0.1), "dropout changes something"
-    torch.testing.assert_close(logits["ours"], logits["stock"], rtol=1e-4, atol=1e-4)
+    assert_close(logits["ours"], logits["stock"], terms=forward_terms(stock.config, 12))
 
 
 def test_a_text_that_outgrows_the_original_length_goes_on_with_the_long_factors(tmp_path: Path) -> None:
@@ -57,4 +58,4 @@ def test_a_text_that_outgrows_the_original_length_goes_on_with_the_long_factors(
 
 def test_all_layers_have_the_window_whatever_layer_types_says(tmp_path: Path) -> None:
     stock, ours = pair(tmp_path, sliding_window=4, layer_types=["full_attention", "sliding_attention"])
-    torch.testing.assert_close(ours(tokens(2, 20)).logits, stock(tokens(2, 20)).logits, rtol=1e-4, atol=1e-4)
+    assert_close(ours(tokens(2, 20)).logits, stock(tokens(2, 20)).logits, terms=forward_terms(stock.config, 20))

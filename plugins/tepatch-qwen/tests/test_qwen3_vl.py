@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounding import assert_close, forward_terms
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tepatch
@@ -61,6 +62,7 @@ def test_text_with_a_picture_is_the_stock_models(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = stock(**inputs).logits
         assert (stock(**other).logits - expected).abs().max() > 0.01 * expected.abs().max(), "the picture counts"
-        assert (model(**inputs).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        # The picture's layers are fewer and narrower than the text's, which have a norm more of queries and keys.
+        assert_close(model(**inputs).logits, expected, terms=3 * forward_terms(stock.config, 30))
         said = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
         assert torch.equal(model.generate(**inputs, **said), stock.generate(**inputs, **said))

@@ -12,7 +12,7 @@ from tepatch.te.experts import mixture_of_experts
 from tepatch.te.rope import Float32Rotary
 
 
-class MixtralDecoderLayer(DecoderLayer, hf.MixtralDecoderLayer):  # type: ignore[misc, no-untyped-call]
+class MixtralDecoderLayer(DecoderLayer, hf.MixtralDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + experts(norm(x))``; a window for all layers where the config has one."""
 
     def __init__(self, config: MixtralConfig, layer_idx: int) -> None:

@@ -14,7 +14,7 @@ from tepatch.te.decoder import DecoderLayer, attention_options, gated_mlp
 from tepatch.te.rope import Float32Rotary
 
 
-class Qwen3VLTextDecoderLayer(DecoderLayer, hf.Qwen3VLTextDecoderLayer):  # type: ignore[misc, no-untyped-call]
+class Qwen3VLTextDecoderLayer(DecoderLayer, hf.Qwen3VLTextDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; queries and keys are normed over each head."""
 
     def __init__(self, config: Qwen3VLTextConfig, layer_idx: int) -> None:
