@@ -47,7 +47,10 @@ _BLOCK = re.compile(
 _VARIES = (
     # Before numbers: a digest may end like one (e89eb98875e3).
     (re.compile(r"\b(sha256) [0-9a-f]+"), r"\1 (digest)"),
-    (re.compile(r"\b(tepatch|torch|transformers) \d+\.\S*?(?=,|$)", re.MULTILINE), r"\1 (version)"),
+    (
+        re.compile(r"\b(tepatch|python|torch|transformers|peft|accelerate) \d+\.\S*?(?=[,:]?(?:\s|$))", re.MULTILINE),
+        r"\1 (version)",
+    ),
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00"), "(date)"),
     (re.compile(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+|(?<=\s)0(?=\s)"), "(measured)"),
     # Why there is no Transformer Engine differs between machines.

@@ -140,8 +140,8 @@ def _compare(
             f"{library} gives it",
             expected=f"({', '.join(theirs)})",
             found=f"{called}({', '.join(ours)})",
-            fix="install a version of the plugin that knows this one; its author takes the parameter, or declares it "
-            "in Patch.ignores with a reason",
+            fix="install a version of the plugin that knows this one; its author takes the parameter, or says why a "
+            "layer need not: in Patch.ignores, or with replace_layers(..., ignores={name: reason})",
         )
     order = [name for name, each in theirs.items() if each.kind in _BY_PLACE]
     own = [name for name, each in ours.items() if each.kind in _BY_PLACE]

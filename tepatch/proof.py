@@ -27,7 +27,6 @@ from tepatch.job import given_config, serves_inside
 from tepatch.patch import Patch
 from tepatch.proven import (
     FORMAT,
-    SOURCE,
     Versions,
     combinations,
     digest_of,
@@ -36,6 +35,7 @@ from tepatch.proven import (
     is_proven,
     packaged,
     text_of,
+    without_source,
     write_whole,
 )
 
@@ -180,7 +180,7 @@ def _heading(patch: Patch) -> str:
 
 def _described(patch: Patch, versions: Versions) -> str:
     """Versions as text, which may be those of a proof although the files are others."""
-    own = {name: text for name, text in versions.items() if name != SOURCE}
+    own = without_source(versions)
     is_changed = not is_proven(patch, versions) and any(own.items() <= each.items() for each in combinations(patch))
     return text_of(versions) + (" (with changes in the files of transformers)" if is_changed else "")
 

@@ -83,7 +83,7 @@ def packaged(name: str) -> str:
 
 def text_of(versions: Versions) -> str:
     """Versions in a line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if name != SOURCE)
+    return ", ".join(f"{name} {version}" for name, version in without_source(versions).items())
 
 
 def record_path(patch: Patch) -> Path:
@@ -127,7 +127,11 @@ def write_record(patch: Patch, versions: Versions, skipped: Mapping[str, Mapping
     path = record_path(patch)
     with _alone_in(path.parent):  # kits of several environments may end at the same time
         patches = read_record(path)
-        known = [each for each in patches.get(patch.name, {"with": []})["with"] if _named(each) != _named(versions)]
+        known = [
+            each
+            for each in patches.get(patch.name, {"with": []})["with"]
+            if without_source(each) != without_source(versions)
+        ]
         combinations = sorted([*known, dict(versions)], key=_order)
         patches[patch.name] = {"with": combinations, "skipped": {case: dict(why) for case, why in skipped.items()}}
         data = {"format": FORMAT, "patches": dict(sorted(patches.items()))}
@@ -135,7 +139,8 @@ def write_record(patch: Patch, versions: Versions, skipped: Mapping[str, Mapping
     return path
 
 
-def _named(versions: Versions) -> dict[str, str]:
+def without_source(versions: Versions) -> dict[str, str]:
+    """The versions of libraries alone."""
     return {name: version for name, version in versions.items() if name != SOURCE}
 
 

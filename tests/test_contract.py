@@ -69,7 +69,7 @@ def test_a_parameter_that_nobody_takes_is_an_error_before_anything_is_built(targ
     text = str(caught.value)
     assert f"{target.__name__}: forward of its replacement does not take 'cache'" in text
     assert "Silent.forward(hidden_states, mask, past, kwargs)" in text
-    assert "Patch.ignores with a reason" in text
+    assert "in Patch.ignores, or with replace_layers(" in text
 
 
 def test_the_error_names_the_library_and_its_version() -> None:
@@ -174,6 +174,15 @@ def test_copies_and_pickles_of_a_layer_refuse_too() -> None:
     for each in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         with pytest.raises(UnsupportedError, match="cache_of_tomorrow"):
             each(torch.ones(1), cache_of_tomorrow=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not known to torch.compile:UserWarning")
+def test_a_compiled_layer_refuses_too() -> None:
+    layer = made(Named)
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(torch.ones(1), mask=None), torch.ones(1))
+    with pytest.raises(UnsupportedError, match="cache_of_tomorrow"):
+        compiled(torch.ones(1), cache_of_tomorrow=1)
 
 
 def test_a_patched_model_does_not_drop_what_its_caller_says(tiny_llama: Any, save_checkpoint: Any) -> None:

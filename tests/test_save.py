@@ -481,7 +481,6 @@ WRAPPERS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of torch.compile
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapper_is_refused_and_its_inside_named(

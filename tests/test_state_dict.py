@@ -566,7 +566,6 @@ def test_a_wrapped_layer_is_taken_as_it_is_given(load: Load) -> None:
         model.load_state_dict(given | {"model.layers.1.mlp.up_proj.weight": torch.zeros(96, 64)})
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_adapters_of_peft_pass_through(load: Load) -> None:
     peft = pytest.importorskip("peft")
     stock, model = load()

@@ -77,13 +77,11 @@ def _row(patch: Patch, location: str | None, *, prove: bool) -> dict[str, Any]:
     """What is known of a patch, as JSON-ready data; ``here`` says how it is proven with what is installed."""
     from tepatch.errors import ProofError, TepatchError
     from tepatch.proof import prove_now, remembered
-    from tepatch.proven import SOURCE, combinations, installed, is_proven
+    from tepatch.proven import combinations, installed, is_proven, without_source
 
     row: dict[str, Any] = {"patch": patch.name, "here": "not proven", "proven_with": [], "error": ""}
     try:
-        row["proven_with"] = [
-            {name: text for name, text in each.items() if name != SOURCE} for each in combinations(patch)
-        ]
+        row["proven_with"] = [without_source(each) for each in combinations(patch)]
         versions = installed(patch)
         if prove:
             checks, seconds = prove_now(patch, location)

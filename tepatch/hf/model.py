@@ -90,9 +90,9 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     Floating-point parameters take ``dtype``, except those that the model class keeps in float32. Without a
     ``dtype`` each has the one that it has.
     """
-    keep = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    keep = list(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
-        keep += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+        keep += list(model._keep_in_fp32_modules or ())
     keep_in_float32 = re.compile("|".join(rf"(^|\.){part}(\.|$)" for part in keep)) if keep else None
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}

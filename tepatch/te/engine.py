@@ -414,6 +414,9 @@ def _exact_attention(cls: type[nn.Module]) -> type[nn.Module]:
             super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
             self._scale = softmax_scale  # None means the same to torch's attention
             self._made_with = (args, {**kwargs, "softmax_scale": softmax_scale})
+            # By what it was made with: under whatever names Transformer Engine keeps that.
+            capped, normed = kwargs.get("softcap"), kwargs.get("softmax_type", "vanilla")
+            self._has_plain_softmax = not capped and normed == "vanilla" and kwargs.get("qkv_format") == "bshd"
 
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
             new: nn.Module = type(self).__new__(type(self))
@@ -451,7 +454,7 @@ def _as_laid_out(tensor: Tensor) -> Tensor:
 
 
 _KEPT_WHEN_PICKLED = frozenset(
-    name for name in nn.Module().__dict__ if name == "training" or name.startswith(("_forward_", "_backward_"))
+    name for name in nn.Module().__dict__ if name == "training" or ("hook" in name and "state_dict" not in name)
 )
 """Hooks around the module, and its mode."""
 
@@ -463,9 +466,7 @@ def _new_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
 
 def _is_plain_decoding(module: Any, query: Tensor) -> bool:
     """Whether this is one query a row of a model that is not trained, with the ordinary softmax."""
-    is_ordinary = module.qkv_format == "bshd" and not getattr(module, "softcap", 0)
-    is_ordinary = is_ordinary and getattr(module, "softmax_type", "vanilla") == "vanilla"
-    return is_ordinary and query.shape[1] == 1 and not module.training and not query.requires_grad
+    return module._has_plain_softmax and query.shape[1] == 1 and not module.training and not query.requires_grad
 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:

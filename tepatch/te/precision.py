@@ -79,9 +79,11 @@ class Precision:
 def recipe_in_force() -> Any | None:
     """The recipe by which Transformer Engine quantizes at this moment; None where it does not."""
     # Nobody can have entered an autocast of a package that was never imported, and importing it needs a GPU.
-    module = sys.modules.get("transformer_engine.pytorch.quantization")
-    manager = getattr(module, "FP8GlobalStateManager", None)
-    return manager.get_fp8_recipe() if manager is not None and manager.is_fp8_enabled() else None
+    module: Any = sys.modules.get("transformer_engine.pytorch.quantization")
+    if module is None:
+        return None
+    manager = module.FP8GlobalStateManager
+    return manager.get_fp8_recipe() if manager.is_fp8_enabled() else None
 
 
 def kind_of(recipe: Any) -> str:

@@ -4,7 +4,8 @@
 
     test_conformance = conformance_tests("llama", [Case("tiny", LlamaConfig(hidden_size=64, ...))])
 
-For authors of plugins; nothing else in tepatch imports it. It needs pytest for ``conformance_tests`` only.
+For authors of plugins, and for ``tepatch.proof``, whose proof at a first load is made of the same checks. It needs
+pytest for ``conformance_tests`` only.
 """
 
 from tepatch.testing.cases import Case

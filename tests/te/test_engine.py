@@ -18,11 +18,17 @@ class Theirs(nn.Module):
     """As Transformer Engine's class: local functions inside, which pickle can not name."""
 
     def __init__(
-        self, heads: int, channels: int, *, softmax_scale: float | None = None, qkv_format: str = "sbhd"
+        self,
+        heads: int,
+        channels: int,
+        *,
+        softmax_scale: float | None = None,
+        qkv_format: str = "sbhd",
+        softmax_type: str = "vanilla",
+        softcap: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads, self.channels, self.qkv_format = heads, channels, qkv_format
-        self.softmax_type, self.softcap = "vanilla", 0.0
         self.function = lambda x: x
         self.calls: list[tuple[bool, ...]] = []
 
@@ -39,7 +45,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     return cls(4, 8, softmax_scale=0.3, qkv_format="bshd").eval()
 
 
-def notice(module: nn.Module, args: Any) -> None:
+def notice(module: nn.Module, *args: Any) -> None:
     module.noticed = True  # type: ignore[assignment]
 
 
@@ -51,6 +57,14 @@ def test_a_pickle_makes_the_module_again_with_its_hooks_and_its_mode(attention: 
     assert other.training is False
     x = torch.zeros(1, 2, 4, 8)
     other(x, x, x)
+    assert other.noticed
+
+
+def test_a_pickle_keeps_a_hook_of_the_whole_backward_pass(attention: Any) -> None:
+    attention.register_full_backward_hook(notice)
+    other = pickle.loads(pickle.dumps(attention))
+    x = torch.zeros(1, 2, 4, 8, requires_grad=True)
+    other(x, x, x).sum().backward()
     assert other.noticed
 
 
@@ -77,6 +91,14 @@ def test_one_query_sees_a_cache_as_it_lies_and_all_else_is_made_contiguous(atten
     attention(query.clone().requires_grad_(), key, value, attn_mask_type="no_mask")
     attention.train()(query, key, value, attn_mask_type="no_mask")
     assert attention.calls == [(True, True, True)] * 4
+
+
+@pytest.mark.parametrize("given", [{"softcap": 30.0}, {"softmax_type": "off-by-one"}, {"qkv_format": "sbhd"}])
+def test_one_query_with_another_softmax_is_transformer_engines(attention: Any, given: dict[str, Any]) -> None:
+    other = type(attention)(4, 8, **{"qkv_format": "bshd", **given}).eval()
+    query, key = torch.randn(2, 1, 4, 8), torch.randn(2, 2, 5, 8).transpose(1, 2)
+    other(query, key, key, attn_mask_type="no_mask")
+    assert other.calls == [(True, True, True)]
 
 
 def test_a_softcap_is_the_references_where_transformer_engine_has_none() -> None:

@@ -185,7 +185,6 @@ def test_what_only_a_decoder_has_is_refused(name: str, value: Any, pair: Pair) -
         ours.bert(tokens(), **{name: value})
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_adapters_find_the_names_of_the_stock_layers(pair: Pair) -> None:
     peft = pytest.importorskip("peft")
     logits = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from tepatch.contract import passes_on
 from tepatch.errors import PlanError, ReplaceError, UnsupportedError
+from tepatch.testing.cases import cache_name
 from tepatch_llama import TELlamaDecoderLayer, TELlamaForCausalLM, replace_decoder
 
 Make = Callable[..., Any]
@@ -86,6 +88,31 @@ def test_replace_decoder_takes_a_layer_of_ones_own(tiny_llama: Make) -> None:
         model = LlamaForCausalLM(tiny_llama().config)
     assert [layer.layer_idx for layer in model.model.layers] == [0, 1, 2]
     assert type(model.model.rotary_emb) is modeling_llama.LlamaRotaryEmbedding
+
+
+class LayerOfTheExample(torch.nn.Module):
+    """With the signature that the layer of NVIDIA's example has: the cache and the positions are dropped."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, attention_mask: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def test_a_layer_that_drops_what_it_is_given_has_to_say_why(tiny_llama: Make) -> None:
+    config = tiny_llama().config
+    with (
+        pytest.raises(ReplaceError, match=r"(?s)does not take 'position_ids'.*replace_layers\(\.\.\., ignores="),
+        replace_decoder(LayerOfTheExample),
+    ):
+        LlamaForCausalLM(config)
+    parameters = inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters
+    cache = str(cache_name(modeling_llama.LlamaDecoderLayer.forward))
+    names = [name for name in parameters if name in ("position_ids", "position_embeddings", "use_cache", cache)]
+    with replace_decoder(LayerOfTheExample, ignores=dict.fromkeys([*names, "layer_idx"], "as in the example")):
+        model = LlamaForCausalLM(config)
+    assert model(torch.tensor([[1, 2]]), use_cache=False).logits.shape == (1, 2, config.vocab_size)
 
 
 def test_a_block_that_builds_nothing_is_an_error() -> None:

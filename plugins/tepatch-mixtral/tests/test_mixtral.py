@@ -124,7 +124,6 @@ def test_fresh_weights_are_saved_as_the_stock_model_would_save_them(tmp_path: Pa
     assert 0.01 < router.std() < 0.04  # initializer_range is 0.02
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_of_experts_are_those_of_the_stock_model(make: Make) -> None:
     peft = pytest.importorskip("peft")
     stock, model = make()

@@ -6,7 +6,7 @@ checkpoints load, and a tensor that is missing or left over is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, cast
@@ -24,14 +24,19 @@ PATCH = "llama"
 
 
 @contextmanager
-def replace_decoder(te_decoder_cls: type[nn.Module] = LlamaDecoderLayer) -> Iterator[Replacement]:
+def replace_decoder(
+    te_decoder_cls: type[nn.Module] = LlamaDecoderLayer, *, ignores: Mapping[str, str] | None = None
+) -> Iterator[Replacement]:
     """Build Llama models with ``te_decoder_cls`` for a decoder layer, inside the block and in this thread only.
 
     With tepatch's own layer the rotary module is replaced too, so that angles stay in float32. Yields the report
     of ``tepatch.replace_layers``; raises ``ReplaceError`` if nothing was built, and ``UnsupportedError`` for
     ``from_pretrained`` inside the block: it knows nothing of the patched names. Weights are fresh.
+
+    ``ignores`` says which parameters of transformers' layer another ``te_decoder_cls`` need not take, and why: the
+    layer of NVIDIA's example drops the cache and the positions in ``*args, **kwargs``, and is refused without.
     """
-    with tepatch.replace_layers({hf.LlamaDecoderLayer: te_decoder_cls}) as report:
+    with tepatch.replace_layers({hf.LlamaDecoderLayer: te_decoder_cls}, ignores=ignores or {}) as report:
         if te_decoder_cls is LlamaDecoderLayer:
             token = standalone.set(True)
             try:
