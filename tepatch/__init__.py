@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tepatch.conversion import convert
     from tepatch.errors import TepatchError
     from tepatch.export import save
+    from tepatch.hf.selection import select_parameters
     from tepatch.hookspecs import hookimpl
     from tepatch.loading import build, load, plan
     from tepatch.patch import Patch
@@ -36,6 +37,7 @@ __all__ = [
     "plan",
     "replace_layers",
     "save",
+    "select_parameters",
     "set_precision",
     "weight_copies",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "plan": "tepatch.loading",
     "replace_layers": "tepatch.replace",
     "save": "tepatch.export",
+    "select_parameters": "tepatch.hf.selection",
     "set_precision": "tepatch.te.layer",
     "weight_copies": "tepatch.te.layer",
 }

@@ -33,7 +33,20 @@ _TORCH = (
         "torch",
         "_parameters",
         "a module's own parameters: assigned without the checks of setattr, which refuses tensors and meta parameters",
-        ("tepatch.hf.fresh", "tepatch.hf.model", "tepatch.hf.projections", "tepatch.te.engine", "tepatch.te.quantized"),
+        (
+            "tepatch.hf.fresh",
+            "tepatch.hf.model",
+            "tepatch.hf.stand_ins",
+            "tepatch.te.engine",
+            "tepatch.te.fused",
+            "tepatch.te.quantized",
+        ),
+    ),
+    Borrowed(
+        "torch",
+        "_load_from_state_dict",
+        "what load_state_dict asks each module to take: a part of a model takes tensors under the stock model's names",
+        ("tepatch.te.fused",),
     ),
     Borrowed(
         "torch",
@@ -57,7 +70,7 @@ _TORCH = (
         "torch",
         "_load_state_dict_pre_hooks",
         "the hooks before load_state_dict, by id and in order: names of projections come before the translation",
-        ("tepatch.hf.projections",),
+        ("tepatch.hf.stand_ins",),
     ),
     Borrowed(
         "torch",
@@ -70,23 +83,15 @@ _TORCH = (
     Borrowed("torch", "_backward_pre_hooks", "the same, for hooks before the backward pass", ("tepatch.te.fused",)),
     Borrowed(
         "torch",
-        "_forward_",
-        "begins the names under which a module keeps the hooks around it: attention that is pickled takes them along",
+        "hook",
+        "is in the names under which a module keeps the hooks around it: attention that is pickled takes them along",
         ("tepatch.te.engine",),
     ),
-    Borrowed("torch", "_backward_", "the same, for hooks of the backward pass", ("tepatch.te.engine",)),
     Borrowed(
         "torch",
         "_apply",
         "what .to(), .cuda() and .half() go through: rotary buffers keep their dtype in it, quantized copies are freed",
         ("tepatch.te.layer", "tepatch.te.rope"),
-    ),
-    Borrowed(
-        "torch",
-        "named_children",
-        "what children(), train(), apply() and the above go down by; an own one leaves projections out, while "
-        "named_modules, which asks for no children, still lists them",
-        ("tepatch.te.fused",),
     ),
     Borrowed(
         "torch",
@@ -140,6 +145,18 @@ _TORCH = (
         "torch",
         "_disabled_torch_function_impl",
         "makes operations of a subclass of Tensor give plain tensors",
+        ("tepatch.te.fused",),
+    ),
+    Borrowed(
+        "torch",
+        "DisableTorchFunctionSubclass",
+        "computes with the numbers of a subclass of Tensor that wants to know of every operation",
+        ("tepatch.te.fused",),
+    ),
+    Borrowed(
+        "torch",
+        "qconfig",
+        "what torch.ao's quantization sets at every module before it exchanges those of the classes that it knows",
         ("tepatch.te.fused",),
     ),
     Borrowed("torch", "_orig_mod", "where torch.compile keeps the module that it wraps", ("tepatch.hf.exporting",)),
@@ -223,7 +240,7 @@ _TRANSFORMERS = (
         "transformers",
         "_is_hf_initialized",
         "marks modules and tensors that the initialiser must leave alone",
-        ("tepatch.hf.model", "tepatch.hf.projections", "tepatch.te.fused", "tepatch.te.layer"),
+        ("tepatch.hf.model", "tepatch.hf.stand_ins", "tepatch.te.fused", "tepatch.te.layer"),
     ),
     Borrowed(
         "transformers",
@@ -310,7 +327,7 @@ _TRANSFORMERS = (
         "transformers",
         "layernorm",
         "in the name of a parameter, makes the Trainer give it no weight decay",
-        ("tepatch.te.attention", "tepatch.te.engine", "tepatch.te.experts"),
+        ("tepatch.te.attention", "tepatch.te.engine"),
     ),
     Borrowed(
         "transformers",
@@ -550,7 +567,7 @@ _PEFT = (
         "base_layer",
         "an adapter calls what it stands for with the very tensor that it was called with: by that a projection knows "
         "that the fused product is meant",
-        ("tepatch.hf.projections",),
+        ("tepatch.hf.stand_ins",),
     ),
     Borrowed(
         "peft",

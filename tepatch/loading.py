@@ -23,8 +23,8 @@ from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
-from tepatch.hf.projections import install_projections
 from tepatch.hf.sharding import Parallelize, check_mesh, shard
+from tepatch.hf.stand_ins import install_stand_ins
 from tepatch.hf.state import attach
 from tepatch.job import AUTO, Job, find_patch, given_config, settle
 from tepatch.mapping import Plan
@@ -361,7 +361,7 @@ def _execute(
         """What needs no numbers: there is time for it while they are read."""
         add_hooks(job.model)
         attach(job.model)
-        install_projections(job.model, job.stock)
+        install_stand_ins(job.model, job.stock)
         if is_te:
             launch_where_weights_are(job.model)
 

@@ -235,21 +235,19 @@ def hooks_of_a_module(name: str, folder: Path) -> None:
 checks("torch", HOOKS, hooks_of_a_module)
 
 
-def names_of_hooks(prefix: str, folder: Path) -> None:
+@check("torch", "hook")
+def names_of_hooks(folder: Path) -> None:
     module = nn.Linear(2, 2)
     before = {name: len(value) for name, value in vars(module).items() if isinstance(value, dict)}
-    for name, register in HOOKS.items():
-        if name.startswith(prefix):
-            getattr(module, register)(lambda *_: None)
-    if prefix == "_forward_":
-        module.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
-        module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    for register in HOOKS.values():
+        getattr(module, register)(lambda *_: None)
+    module.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
     changed = {name for name, count in before.items() if len(vars(module)[name]) != count}
     assert changed
-    assert all(name.startswith(prefix) for name in changed)
-
-
-checks("torch", ["_forward_", "_backward_"], names_of_hooks)
+    assert all("hook" in name for name in (*changed, "_is_full_backward_hook"))
+    assert not {name for name in changed if "state_dict" in name}
+    assert vars(nn.Linear(2, 2))["_is_full_backward_hook"] is None
 
 
 @check("torch", "_apply")
@@ -273,18 +271,19 @@ def what_moves_and_casts(folder: Path) -> None:
     assert module[0].weight.dtype == torch.float64
 
 
-@check("torch", "named_children")
-def who_goes_down_by_children(folder: Path) -> None:
-    parent, child = nn.Module(), nn.Linear(2, 2)
-    parent.add_module("child", child)
-    parent.named_children = lambda: iter(())
-    visited: list[nn.Module] = []
-    nn.Sequential(parent).half().eval().apply(visited.append)
-    assert child not in visited
-    assert child.training
-    assert child.weight.dtype == torch.float32
-    assert list(parent.children()) == []
-    assert "child" in dict(parent.named_modules())
+@check("torch", "_load_from_state_dict")
+def who_takes_tensors(folder: Path) -> None:
+    class Taking(nn.Module):
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            seen.append((prefix, sorted(state_dict), len(args)))
+            args[2].append("missing by name")
+
+    seen: list[Any] = []
+    parent = nn.ModuleDict({"child": Taking()})
+    found = parent.load_state_dict({"child.weight": torch.zeros(1)}, strict=False)
+    assert seen == [("child.", ["child.weight"], 5)]
+    assert found.missing_keys == ["missing by name"]
+    assert found.unexpected_keys == []
 
 
 @check("torch", "_version")
@@ -411,6 +410,31 @@ def operations_of_a_subclass(folder: Path) -> None:
     tensor = torch.zeros(2).as_subclass(Special)
     assert type(tensor) is Special
     assert type(tensor + 1) is type(tensor[:1]) is Tensor
+
+
+@check("torch", "DisableTorchFunctionSubclass")
+def operations_out_of_sight(folder: Path) -> None:
+    class Special(Tensor):
+        pass
+
+    tensor = torch.zeros(2).as_subclass(Special)
+    assert type(tensor + 1) is Special
+    with torch._C.DisableTorchFunctionSubclass():
+        assert type(tensor + 1) is type(tensor.as_subclass(Tensor)) is Tensor
+
+
+@check("torch", "qconfig")
+def what_quantization_sets(folder: Path) -> None:
+    class Watched(nn.Module):
+        def __setattr__(self, name: str, value: Any) -> None:
+            seen.append(name)
+            super().__setattr__(name, value)
+
+    seen: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(nn.Sequential(Watched()), {nn.Linear})
+    assert "qconfig" in seen
 
 
 @check("torch", "_orig_mod")

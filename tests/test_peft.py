@@ -20,7 +20,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import tepatch
 from tepatch.errors import UnsupportedError
-from tepatch.te.fused import Projection
+from tepatch.te.fused import StandIn
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
@@ -184,15 +184,18 @@ def test_a_module_in_whose_places_nobody_else_stands_computes_as_before(
 
 def test_projections_are_no_parameters_and_in_no_state_dict(both: Callable[..., Both]) -> None:
     models = both(**BIASES)
-    paths = [path for path, module in models.ours.named_modules() if isinstance(module, Projection)]
+    paths = [path for path, module in models.ours.named_modules() if isinstance(module, StandIn)]
+    norms = {n: m for n, m in models.stock.named_modules() if "layernorm" in n}
     linear = {n: m for n, m in models.stock.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    assert sorted(paths) == sorted(linear)
+    assert sorted(paths) == sorted([*norms, *linear])
+    for path, module in norms.items():
+        assert torch.equal(models.ours.get_submodule(path).weight, module.weight)
     for path, module in linear.items():
         projection = models.ours.get_submodule(path)
         assert torch.equal(projection.weight, module.weight)
         assert torch.equal(projection.bias, module.bias)
         assert (projection.in_features, projection.out_features) == (module.in_features, module.out_features)
-        assert not list(projection.parameters())
+        assert not list(projection.parameters(recurse=False))
     names = [name for name, _ in models.ours.named_parameters()]
     assert not any("q_proj" in name or "gate_proj" in name for name in names)
     assert models.ours.num_parameters() == models.stock.num_parameters()
@@ -203,7 +206,7 @@ def test_hugging_faces_initialiser_leaves_a_projection_alone(both: Callable[...,
     model = both(**BIASES).ours
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if isinstance(module, Projection):
+        if isinstance(module, StandIn):
             model._init_weights(module)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
@@ -507,17 +510,27 @@ def test_moving_to_another_dtype_keeps_projections_at_the_current_parameters(bot
     ],
     ids=["transposed", "with a scaled bias"],
 )
-def test_a_layer_that_does_not_lie_in_whole_rows_has_no_projection(
+def test_a_layer_that_does_not_lie_in_whole_rows_says_so_by_its_name(
     rule: str, tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
 ) -> None:
     head = "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
     (tmp_path / "changed.yaml").write_text(f"{head}    {rule}\n")
     folder = save_checkpoint(tiny_llama(**BIASES))
     model = tepatch.load("llama", folder, backend="reference", mapping=tmp_path / "changed.yaml")
-    assert hasattr(model.model.layers[0].self_attn, "q_proj")
-    assert not hasattr(model.model.layers[0].self_attn, "o_proj")
-    with pytest.raises(ValueError, match="o_proj"):
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
+    assert model.state_dict().keys() == tiny_llama(**BIASES).state_dict().keys()
+    absent = model.model.layers[0].self_attn.o_proj
+    copy.deepcopy(model)(ids())
+    asked: list[Callable[[], Any]] = [
+        lambda: absent.weight,
+        lambda: absent(torch.zeros(1, 64)),
+        lambda: list(absent.parameters()),
+        lambda: absent.requires_grad_(False),
+        lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"])),
+        lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"])),
+    ]
+    for ask in asked:
+        with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn\.o_proj: .* can not be shown"):
+            ask()
 
 
 def test_training_a_bias_by_itself_is_refused(both: Callable[..., Both]) -> None:

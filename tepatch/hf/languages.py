@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from tepatch.assembly import put
-from tepatch.errors import PlanError, Problem
+from tepatch.errors import PlanError, Problem, UnsupportedError
 from tepatch.hf.config import fields_for
 from tepatch.hf.model import EXTRA_STATE, build_on_meta, target_specs
 from tepatch.mapping import Spec, make_export_plan
@@ -46,6 +46,8 @@ _LOOK_UP = (
     "torch.distributed.checkpoint.state_dict",
 )
 """Modules and functions that ask for a state dict to find the model's parameters by the names in it."""
+_FILLS_BY_NAME = "accelerate.utils.modeling.load_checkpoint_in_model"
+"""The function that asks for a state dict first, and then sets what its names lead to."""
 _INSIDE_STATE_DICT = ("tepatch.hf.", "torch.nn.modules.module")
 
 
@@ -79,6 +81,16 @@ def gives_own_names() -> bool:
     if frame is None:
         return False
     module = _module_of(frame)
+    if f"{module}.{frame.f_code.co_name}" == _FILLS_BY_NAME and frame.f_locals.get("device_map") is not None:
+        raise UnsupportedError(
+            Problem(
+                where="device_map",
+                what="accelerate fills a model with a device map parameter by parameter, and parts of fused parameters "
+                "are none",
+                fix="tepatch.load(..., device_map=...) reads each tensor to its place; without a device map, "
+                "accelerate.load_checkpoint_in_model(model, folder) fills a model where it is",
+            )
+        )
     return module in _LOOK_UP or f"{module}.{frame.f_code.co_name}" in _LOOK_UP
 
 

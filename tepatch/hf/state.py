@@ -143,6 +143,8 @@ class _Taking:
             return  # torch's own way
         for group in self.names.groups:
             sources, targets = given.intersection(group.sources), given.intersection(group.targets)
+            if sources and targets:
+                targets -= self._as_they_are(targets)
             # A name may be that of a parameter and of a tensor of the checkpoint with other values (a norm stored as
             # w and used as 1 + w). It means what the rest of the dict means; alone, it is Hugging Face's.
             unclear = (sources | targets) - self.names.ours - self.names.theirs
@@ -155,6 +157,19 @@ class _Taking:
                 self._load(group, given)
             # else torch's own way too: copied, missing or unexpected, by the names that they have
         self.state_dict.update({self.prefix + name: tensor for name, tensor in self.handed.items()})
+
+    def _as_they_are(self, targets: set[str]) -> set[str]:
+        """Which of these are given as the model's own memory, and taken out: they say nothing.
+
+        ``torch.distributed.checkpoint.state_dict`` adds the model's own tensors to a dict of other names.
+        """
+        out = set()
+        for name in targets - self.names.theirs:
+            given, held = self.state_dict.get(self.prefix + name), self.held.get(name)
+            if held is not None and isinstance(given, torch.Tensor) and _is_same_memory(given, held):
+                out.add(name)
+                del self.state_dict[self.prefix + name]
+        return out
 
     def _is_as_planned(self, group: Group) -> bool:
         shapes = self.names.plan.targets
@@ -263,6 +278,12 @@ class _Taking:
 
 def _has_extra_state(module: nn.Module) -> bool:
     return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_meta or other.is_meta or readable(one) is None or readable(other) is None:
+        return one is other
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def _quoted(names: Iterable[str]) -> str:

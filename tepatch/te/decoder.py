@@ -33,6 +33,10 @@ class DecoderLayer(AcceleratedLayer):
         """What is added for attention's output ``[b, s, hidden]``."""
         return out
 
+    def before_mlp(self, hidden_states: Tensor) -> Tensor:
+        """What the MLP is given, ``[b, s, hidden]``: a norm belongs here where ``mlp`` has none inside."""
+        return hidden_states
+
     def after_mlp(self, out: Tensor) -> Tensor:
         """What is added for the MLP's output ``[b, s, hidden]``."""
         return out
@@ -71,7 +75,7 @@ class DecoderLayer(AcceleratedLayer):
             max_length_k=max_length_k,
         )
         hidden_states = hidden_states + self.after_attention(attended)
-        return hidden_states + self.after_mlp(self.mlp(hidden_states))
+        return hidden_states + self.after_mlp(self.mlp(self.before_mlp(hidden_states)))
 
 
 def attention_options(config: Any, layer_idx: int) -> dict[str, Any]:

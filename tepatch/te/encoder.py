@@ -21,10 +21,11 @@ class EncoderLayer(AcceleratedLayer):
     """``y = norm(x + dropout(attention(x)))``, then ``norm(y + dropout(mlp(y)))``; attention goes both ways.
 
     A plugin's layer derives from it first and from Hugging Face's layer second, and calls ``compose``. Parameters are
-    those of ``attention`` (``qkv``, ``proj``), ``attention_LayerNorm``, ``fc1``, ``fc2`` and ``output_LayerNorm``.
+    those of ``attention`` (``qkv``, ``proj``), ``fc1`` and ``fc2``; the norms are at BERT's own names for them.
     """
 
     attention: Any
+    output: Any
 
     def compose(self, config: Any, layer_idx: int) -> None:
         """Make the modules, from the fields that BERT's config has; ``layer_idx`` counts from 0."""
@@ -46,12 +47,13 @@ class EncoderLayer(AcceleratedLayer):
             is_causal=False,
             init_std=config.initializer_range,
         )
-        # Spelt so because scripts for BERT give no weight decay to what has "LayerNorm.weight" in its name.
-        self.attention_LayerNorm = te.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.attention.output = nn.Module()
+        self.attention.output.LayerNorm = te.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.fc1 = te.Linear(hidden, inner, bias=True, init_method=init_method)
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = te.Linear(inner, hidden, bias=True, init_method=init_method)
-        self.output_LayerNorm = te.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.output = nn.Module()
+        self.output.LayerNorm = te.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.mark_as_initialized()
 
@@ -98,7 +100,7 @@ class EncoderLayer(AcceleratedLayer):
             max_length_q=max_length_q,
             max_length_k=max_length_k,
         )
-        hidden_states = self.attention_LayerNorm(hidden_states + self.dropout(attended))
+        hidden_states = self.attention.output.LayerNorm(hidden_states + self.dropout(attended))
         added = self.dropout(self.fc2(self.activation(self.fc1(hidden_states))))
-        out: Tensor = self.output_LayerNorm(hidden_states + added)
+        out: Tensor = self.output.LayerNorm(hidden_states + added)
         return out

@@ -153,7 +153,7 @@ def _norm_linear(cls: type[nn.Module], te: Any) -> type[nn.Module]:
         def compute_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if _is_wide(inp):
                 normed = _normed_in_float32(self, inp)
-                return _linear_step(self, te, "weight", "bias")(normed, *args, **kwargs), normed
+                return self.compute_of_normed(normed, *args, **kwargs), normed
             as_it_was = self.return_layernorm_output
             self.return_layernorm_output = True
             try:
@@ -161,6 +161,11 @@ def _norm_linear(cls: type[nn.Module], te: Any) -> type[nn.Module]:
             finally:
                 self.return_layernorm_output = as_it_was
             return out, normed
+
+        def compute_of_normed(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            step = _linear_step(self, te, "weight", "bias")
+            out: Tensor = _padded(self, step, nn.Module.__call__, normed, *args, **kwargs)
+            return out
 
     return LayerNormLinear
 
@@ -179,10 +184,15 @@ def _mlp(cls: type[nn.Module], te: Any) -> type[nn.Module]:
         def first_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if _is_wide(inp):
                 normed = _normed_in_float32(self, inp)
-                return _linear_step(self, te, "fc1_weight", "fc1_bias")(normed, *args, **kwargs), normed
+                return self.first_of_normed(normed, *args, **kwargs), normed
             step = _norm_linear_step(self, te)
             out, normed = _padded(self, step, nn.Module.__call__, inp, *args, **kwargs)
             return out, normed
+
+        def first_of_normed(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            step = _linear_step(self, te, "fc1_weight", "fc1_bias")
+            out: Tensor = _padded(self, step, nn.Module.__call__, normed, *args, **kwargs)
+            return out
 
         def activate(self, first: Tensor) -> Tensor:
             return activated(first, str(self.activation))

@@ -1,4 +1,4 @@
-"""A mixture of experts: a norm, a router, and the experts' MLPs as grouped products.
+"""A mixture of experts: a router, and the experts' MLPs as grouped products.
 
 The experts' matrices are two parameters, ``gate_up_proj`` and ``down_proj``, named and shaped as Hugging Face holds
 them in memory. So a packed checkpoint needs no fusing, one that has its experts apart is stacked by its mapping, and
@@ -70,28 +70,25 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A norm, a router and experts, as a decoder layer's ``mlp``: ``[..., hidden_size]`` to the same.
+    """A router and experts, as a decoder layer's ``mlp``: a normed input ``[..., hidden_size]`` to the same shape.
 
     ``gate`` is Hugging Face's router: of rows ``[tokens, hidden_size]`` it gives (logits, weights ``[tokens, k]``,
     experts ``[tokens, k]``). ``jitter_noise`` is how far, at most, training scales each number of the normed input.
     """
 
-    def __init__(self, layernorm: nn.Module, gate: nn.Module, experts: Experts, *, jitter_noise: float = 0.0) -> None:
+    def __init__(self, gate: nn.Module, experts: Experts, *, jitter_noise: float = 0.0) -> None:
         super().__init__()
-        # A name by which code that groups parameters knows a norm: it gets no weight decay.
-        self.layernorm = layernorm
         self.gate = gate
         self.experts = experts
         self.jitter_noise = jitter_noise
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normed: Tensor = self.layernorm(hidden_states)
+    def forward(self, normed: Tensor) -> Tensor:
         if self.training and self.jitter_noise > 0:
             normed = normed * torch.empty_like(normed).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         rows = normed.reshape(-1, normed.shape[-1])
         _, weights, index = self.gate(rows)
         out: Tensor = self.experts(rows, index, weights)
-        return out.view(hidden_states.shape)
+        return out.view(normed.shape)
 
 
 def mixture_of_experts(
@@ -99,10 +96,9 @@ def mixture_of_experts(
 ) -> MixtureOfExperts:
     """The ``MixtureOfExperts`` of a config with the usual fields, around Hugging Face's router ``gate``.
 
-    Reads ``hidden_size``, ``rms_norm_eps``, ``hidden_act`` and ``initializer_range``. Raises ``UnsupportedError`` for
+    Reads ``hidden_size``, ``hidden_act`` and ``initializer_range``. Raises ``UnsupportedError`` for
     an activation that Transformer Engine does not have.
     """
-    layernorm = modules().RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     experts = Experts(
         num_experts,
         config.hidden_size,
@@ -113,7 +109,7 @@ def mixture_of_experts(
     gate = gate.to(experts.down_proj.device)  # Hugging Face's modules do not go to the GPU by themselves
     for parameter in gate.parameters():
         normal_init(config.initializer_range)(parameter)  # nor do they leave their constructor with values
-    return MixtureOfExperts(layernorm, gate, experts, jitter_noise=jitter_noise)
+    return MixtureOfExperts(gate, experts, jitter_noise=jitter_noise)
 
 
 def _device(te: Modules) -> torch.device:

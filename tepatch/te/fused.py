@@ -1,20 +1,20 @@
 """What tepatch adds to a fused module: the Hugging Face modules that it is made of, as places for adapters.
 
-PEFT, and much else, finds a linear layer by its name (``self_attn.q_proj``) and puts a module of its own in its place.
-In a fused module Q, K and V are rows of one parameter. So a ``Projection`` stands at each of the names: an
-``nn.Linear`` without parameters, whose weight is a view of these rows. As long as nobody touches it, it costs nothing
-and the fused kernel runs. When another module stands in its place, the fused module computes what it always does, hands
-each place its input (normed, as in the stock model) together with its part of the output, and takes what comes
-back. So each of q, k, v, gate and up has an adapter of its own, and it is the stock model's.
+PEFT, and much else, finds a layer by its name (``self_attn.q_proj``) and puts a module of its own in its place. In a
+fused module Q, K and V are rows of one parameter, and the norm before them is another. So a ``StandIn`` stands at each
+of the names: a ``Projection``, an ``nn.Linear`` without parameters whose weight is a view of these rows, or a ``Norm``.
+As long as nobody touches it, it costs nothing and the fused kernel runs. When another module stands in a projection's
+place, the fused module computes what it always does, hands each place its input (normed, as in the stock model)
+together with its part of the output, and takes what comes back. What stands in a norm's place makes the normed input.
+So each of q, k, v, gate, up and the norm has an adapter of its own, and it is the stock model's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.frozen import forget
 from tepatch.te.quantized import is_quantized
+from tepatch.te.reference_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
 _OF_TORCH: Any = torch._C.TensorBase
 """Whose properties ``ProjectedTensor`` refines."""
 
 
-class ProjectedTensor(Tensor):
-    """Rows of a fused parameter, as what ``projection.weight`` and ``projection.bias`` give.
+class ShownTensor(Tensor):
+    """Rows of a fused parameter, as what ``weight`` and ``bias`` of a stand-in give.
 
     In operations it is an ordinary tensor, and gradients reach the parameter. Setting ``data`` copies into the
     parameter's memory: torch would exchange the memory of this view instead, and a merge would be lost without a word.
@@ -37,19 +38,29 @@ class ProjectedTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    _projection: Projection
+    _stand_in: StandIn
     _name: str
 
     @property
     def data(self) -> Tensor:
         # Whoever takes it may write to it, which changes no version: PEFT merges so.
-        forget(self._projection.rows.owner)
+        forget(self._stand_in.rows.owner)
         plain: Tensor = _OF_TORCH.data.__get__(self)
         return plain
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._projection.write(self._name, value)
+        self._stand_in.write(self._name, value)
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """Refuse to be an optimizer's, which would write to a parameter that it does not know."""
+        if self.requires_grad:
+            raise self._stand_in.refusal(
+                f"the {self._name} is not a parameter of its own, which could be trained by itself",
+                fix="train the parameter that it is a part of: tepatch.select_parameters finds it by this name",
+            )
+        return True
 
     @property
     def requires_grad(self) -> bool:
@@ -59,36 +70,123 @@ class ProjectedTensor(Tensor):
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> ProjectedTensor:
-        """Refuse a change: it would be one of this view, and the parameter would never learn."""
+    def requires_grad_(self, requires_grad: bool = True) -> ShownTensor:
+        """Change the parameter's, if this is all of it. Else refuse: the parameter would never learn of it."""
         if requires_grad != self.requires_grad:
-            raise self._projection.refusal(
-                f"the {self._name} of a projection can not be trained or frozen by itself",
-                fix="train or freeze the parameter that it is a part of: named_parameters() lists it",
+            parameter = self._stand_in.rows.parameter(self._name)
+            if parameter is not None and self._stand_in.rows.is_whole:
+                parameter.requires_grad_(requires_grad)
+                return self
+            raise self._stand_in.refusal(
+                f"the {self._name} is a part of a parameter, and can not be trained or frozen by itself",
+                fix="train or freeze all of the parameter: tepatch.select_parameters finds it by this name",
             )
         return self
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
         """The parameter's gradient for these rows."""
-        return self._projection.rows_of_gradient(self._name)
+        return self._stand_in.rows_of_gradient(self._name)
+
+
+class GatheredTensor(ShownTensor):
+    """Rows that lie in another order in the parameter: a copy of them, whose changes in place are brought back.
+
+    A part of it (``weight[0]``) can be read, but not changed: nobody would bring that back.
+    """
+
+    _is_part: bool = False
+
+    @property
+    def data(self) -> Tensor:
+        return self._stand_in.shown(_plain(self), self._name)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._stand_in.write(self._name, value)
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        changed = [each for each in _changed(func, args, kwargs) if isinstance(each, GatheredTensor)]
+        for each in changed:
+            if each._is_part or len(changed) > 1:
+                raise each._stand_in.refusal(
+                    f"a part of the {each._name} can not be changed in place: its rows lie in another order",
+                    fix=f"change a copy of it all, and set it: {each._stand_in.rows.path}.{each._name}.data = changed",
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        for each in changed:
+            each._stand_in.write(each._name, _plain(each))
+            return out if out is None else each
+        return _marked(out, [each for each in args if isinstance(each, GatheredTensor)])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, as torch's own class and outside any graph."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What an operation of torch writes to."""
+    out = kwargs.get("out")
+    written = list(out) if isinstance(out, (tuple, list)) else [out]
+    if args and _changes_in_place(func):
+        written += list(args[0]) if isinstance(args[0], (tuple, list)) else [args[0]]
+    return written
+
+
+def _changes_in_place(func: Any) -> bool:
+    """Whether this operation changes its first argument.
+
+    >>> _changes_in_place(Tensor.add_), _changes_in_place(Tensor.__iadd__), _changes_in_place(Tensor.add)
+    (True, True, False)
+    """
+    name = str(getattr(func, "__name__", ""))
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__init__", "__int__", "__invert__"))
+    return name.endswith("_") and name not in ("requires_grad_", "retain_grad_")
+
+
+def _marked(out: Any, given: list[GatheredTensor]) -> Any:
+    """``out``, which may be views of ``given``: those can be read, and are no more than parts."""
+    if isinstance(out, (tuple, list)):
+        return type(out)(_marked(each, given) for each in out) if type(out) in (tuple, list) else out
+    if not isinstance(out, Tensor):
+        return out
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = out.as_subclass(Tensor)
+        for each in given:
+            if plain.untyped_storage().data_ptr() == each.untyped_storage().data_ptr():
+                part: GatheredTensor = plain.as_subclass(GatheredTensor)
+                part._stand_in, part._name, part._is_part = each._stand_in, each._name, True
+                return part
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Where a projection lies: rows ``start`` to ``stop`` of parameters of ``owner``."""
+    """Where a stand-in lies: rows ``start`` to ``stop`` of parameters of ``owner``, or those of ``order``."""
 
     owner: Fused
     around: nn.Module
-    """The innermost module that holds both the owner and the projection's place."""
+    """The innermost module that holds both the owner and the stand-in's place."""
     path: str
-    """The projection's place in the model, for messages."""
+    """The stand-in's place in the model."""
+    owner_path: str
+    """The owner's place in the model."""
     weight: str
-    """The parameter of ``owner`` [rows, in_features]."""
+    """The parameter of ``owner`` [rows, in_features], or [features] of a norm."""
     bias: str | None
     """The parameter of ``owner`` [rows]; None where there is none."""
     start: int
     stop: int
+    order: Tensor | None = None
+    """Where they are no run: the numbers of the rows [stop - start], on the CPU."""
 
     def parameter(self, name: str) -> Tensor | None:
         """The owner's parameter for "weight" or "bias", as it is now: parameters are replaced when a model moves."""
@@ -97,35 +195,47 @@ class Rows:
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all rows of the parameter."""
-        return (self.start, self.stop) == (0, getattr(self.owner, self.weight).shape[0])
+        """Whether these are all rows of the parameter, as they lie."""
+        return self.order is None and (self.start, self.stop) == (0, getattr(self.owner, self.weight).shape[0])
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.stop - self.start if self.order is None else len(self.order)
+
+    def of(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """These rows of a tensor: a view of it, or a copy where they are no run."""
+        if self.order is None:
+            return tensor.narrow(dim, self.start, self.stop - self.start)
+        return tensor.index_select(dim, self.order.to(tensor.device))
+
+    def __str__(self) -> str:
+        which = f"rows {self.start} to {self.stop}" if self.order is None else f"{self.count} rows, in another order,"
+        return f"{which} of a {type(self.owner).__name__}'s {self.weight}"
 
 
-class Projection(nn.Linear):
-    """A linear layer of the stock model, standing at its name: a view of rows of a fused parameter.
+class StandIn(nn.Module):
+    """A module of the stock model, standing at its name: a view of parameters of a fused module.
 
-    Owns no parameter, so that it is in no ``state_dict()`` and no ``parameters()``. ``weight`` [out_features,
-    in_features] and ``bias`` [out_features] or None are views of the owner's current parameters; what is copied into
-    them, or set as their ``data``, is in the model. Assigning another tensor raises ``UnsupportedError``. A copy
-    that is made without the owner is an ``nn.Linear`` with parameters of its own.
+    Owns no parameter, so that it is in no ``state_dict()`` and in ``parameters()`` of no module around it. ``weight``
+    and ``bias`` (or None) are views of the owner's current parameters; what is copied into them, or set as their
+    ``data``, is in the model. Assigning another tensor raises ``UnsupportedError``. A copy that is made without the
+    owner is a module with parameters of its own.
     """
 
     def __init__(self, rows: Rows) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: it would create parameters
-        weight = getattr(rows.owner, rows.weight)
+        nn.Module.__init__(self)  # not that of nn.Linear, which would create parameters
         self._rows = rows
         self._held: tuple[Tensor, Tensor] | None = None
-        self.in_features = weight.shape[1]
-        self.out_features = rows.stop - rows.start
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         out = self._view("weight")
         assert out is not None
         return out
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:
         return self._view("bias")
 
     @property
@@ -135,7 +245,7 @@ class Projection(nn.Linear):
 
     @property
     def training(self) -> bool:
-        """The owner's: ``eval()`` goes down by ``named_children``, which leaves projections out."""
+        """The owner's."""
         return self._rows.owner.training if "_rows" in self.__dict__ else True
 
     @training.setter
@@ -143,17 +253,56 @@ class Projection(nn.Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features].
+        """``[..., n]`` to what the stock module makes of it, with the parameters as they are now."""
+        raise NotImplementedError
 
-        What the owner has just computed of this very tensor, if it has; else a product with the weight as it is now.
+    def independent(self) -> nn.Module:
+        """A module that computes the same, with parameters of its own."""
+        raise NotImplementedError
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """The stock module's parameters, for whoever asks this very module for all that is in it.
+
+        A parameter that is whole is the owner's own. One that is a part of the owner's is a view, and refuses to be
+        frozen, or trained, by itself. None are given with ``recurse=False``, which asks what the module owns.
         """
-        held = self._held
-        if held is not None and held[0] is input:
-            return held[1]
-        return self._rows.owner.project(self, input)
+        if not recurse:
+            return
+        for name in ("weight", "bias"):
+            shown = self._rows.parameter(name) if self._rows.is_whole else self._view(name)
+            if shown is not None:
+                yield f"{prefix}.{name}" if prefix else name, shown
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """The stock module's tensors, for whoever asks this very module; nothing as a part of others."""
+        out = super().state_dict(*args, **({} if destination is None else {"destination": destination}), **kwargs)
+        if destination is None and not args:
+            shown = {name: self._view(name) for name in ("weight", "bias")}
+            prefix = kwargs.get("prefix", "")
+            out.update({prefix + name: _plain(each) for name, each in shown.items() if each is not None})
+        return out
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """Take the stock module's tensors where nobody around has taken them: a part of a model is loaded."""
+        found = {}
+        for name in ("weight", "bias"):
+            key = prefix + name
+            if key not in state_dict or (shown := self._view(name)) is None:
+                continue
+            value = found[name] = state_dict[key]
+            if not isinstance(value, Tensor) or value.shape != shown.shape:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                errors.append(f"size mismatch for {key}: {shape} of the checkpoint, {list(shown.shape)} of the model.")
+                return
+        for name, value in found.items():
+            self.write(name, value.detach().to(self.weight.dtype))
 
     def called_through(self, standing: nn.Module, input: Tensor, output: Tensor) -> Tensor:
-        """What ``standing``, which stands in this place, makes of ``input``; this projection makes ``output`` of it."""
+        """What ``standing``, which stands in this place, makes of ``input``; this stand-in makes ``output`` of it."""
         self.__dict__["_held"] = (input, output)
         try:
             out: Tensor = standing(input)
@@ -161,9 +310,14 @@ class Projection(nn.Linear):
             self.__dict__["_held"] = None
         return out
 
-    def requires_grad_(self, requires_grad: bool = True) -> Projection:
-        """Refuse a change: the rows of a parameter are trained or frozen together."""
-        self.weight.requires_grad_(requires_grad)
+    def held(self, input: Tensor) -> Tensor | None:
+        """What the owner has just computed of this very tensor, if it has."""
+        return self._held[1] if self._held is not None and self._held[0] is input else None
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train or freeze the owner's parameters, if they are whole; else refuse a change by name."""
+        for _, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad)
         return self
 
     def write(self, name: str, value: Tensor) -> None:
@@ -171,72 +325,85 @@ class Projection(nn.Linear):
 
         Raises ``UnsupportedError`` if it has another shape or dtype, or if the parameter holds no plain numbers.
         """
-        parameter = self._rows.parameter(name)
+        rows = self._rows
+        parameter = rows.parameter(name)
         if parameter is None or not _is_plain(parameter):
             raise self.refusal(
                 f"the {name} can not be written: the fused parameter holds no plain numbers",
                 found="None" if parameter is None else type(parameter).__name__,
                 fix="load the model without quantized weights (or gather sharded ones) to merge into it",
             )
-        place = parameter.data[self._rows.start : self._rows.stop]
-        if (value.shape, value.dtype) != (place.shape, place.dtype):
+        shape = (rows.count, *parameter.shape[1:])
+        if (value.shape, value.dtype) != (shape, parameter.dtype):
             raise self.refusal(
                 f"data of another shape or dtype can not be set as a {name}",
-                expected=f"{list(place.shape)} {place.dtype}",
+                expected=f"{list(shape)} {parameter.dtype}",
                 found=f"{list(value.shape)} {value.dtype}",
             )
         # What the owner has computed is of the numbers before this: whoever has written may have done it in place.
         self.__dict__["_held"] = None
-        forget(self._rows.owner)
-        if (value.data_ptr(), value.stride()) != (place.data_ptr(), place.stride()):
-            is_shared = value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr()
-            with torch.no_grad():
+        forget(rows.owner)
+        value = _plain(value)
+        with torch.no_grad():
+            if rows.order is not None:
+                parameter.data.index_copy_(0, rows.order.to(parameter.device), value.to(parameter.device))
+                return
+            place = rows.of(parameter.data)
+            if (value.data_ptr(), value.stride()) != (place.data_ptr(), place.stride()):
+                is_shared = value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr()
                 place.copy_(value.clone() if is_shared else value)
 
     def rows_of_gradient(self, name: str) -> Tensor | None:
-        """The part of the parameter's gradient that is for this projection."""
+        """The part of the parameter's gradient that is for this stand-in."""
         parameter = self._rows.parameter(name)
         gradient = None if parameter is None else parameter.grad
-        return None if gradient is None else gradient[self._rows.start : self._rows.stop]
+        return None if gradient is None else self._rows.of(gradient)
 
     def refusal(self, what: str, *, expected: str = "", found: str = "", fix: str = "") -> UnsupportedError:
         """The error for something that a view can not do."""
         rows = self._rows
-        lies = f"it is rows {rows.start} to {rows.stop} of a {type(rows.owner).__name__}'s {rows.weight} (and bias)"
+        lies = f"it is {rows} (and bias)" if rows.bias else f"it is {rows}"
         return UnsupportedError(
             Problem(where=rows.path, what=what, details=(lies,), expected=expected, found=found, fix=fix)
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse: a parameter of a projection would be one that the fused module does not use."""
+        """Refuse: a parameter of a stand-in would be one that the fused module does not use."""
         raise self.refusal(
-            f"a projection takes no parameter ({name!r})", fix="copy into the weight: projection.weight.data.copy_(new)"
+            f"a stand-in takes no parameter ({name!r})",
+            fix=f"copy into the weight: {self._rows.path}.weight.data.copy_(new)",
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            raise self.refusal(
+                "torch.ao's quantization exchanges layers by their exact class, and would pass this one by",
+                fix="quantize the stock model, or load this one with precision= or weights='quantized'",
+            )
         if name not in ("weight", "bias"):
             super().__setattr__(name, value)
         elif not self._is_current(name, value):
             raise self.refusal(
-                f"another {name} can not be assigned to a projection: the fused module would not use it",
-                fix=f"copy into it: with torch.no_grad(): projection.{name}.copy_(new)",
+                f"another {name} can not be assigned: the fused module would not use it",
+                fix=f"copy into it: with torch.no_grad(): {self._rows.path}.{name}.copy_(new); with "
+                "torch.func.functional_call, give it dict(model.named_parameters()) instead of the state_dict()",
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         if id(self._rows.around) not in memo:
-            return self._independent()
+            return self.independent()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def _independent(self) -> nn.Linear:
-        weight, bias = self.weight, self.bias
-        out = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        out.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        if bias is not None:
-            out.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        return out.train(self.training)
+    def shown(self, tensor: Tensor, name: str) -> Tensor:
+        """``tensor``, these rows of the parameter for ``name``, as what is handed out."""
+        cls = ShownTensor if self._rows.order is None else GatheredTensor
+        with torch._C.DisableTorchFunctionSubclass():
+            view = tensor.as_subclass(cls)
+        view._stand_in, view._name = self, name
+        return view
 
     def _view(self, name: str) -> Tensor | None:
         parameter = self._rows.parameter(name)
@@ -247,12 +414,11 @@ class Projection(nn.Linear):
             # A quantized weight's own numbers. What is set as data is refused, by ``write``.
             if not is_quantized(parameter):
                 raise self.refusal(
-                    f"the {name} of a projection can not be seen: the fused parameter is a {type(parameter).__name__}",
+                    f"the {name} can not be seen: the fused parameter is a {type(parameter).__name__}",
                     fix="gather sharded parameters first; add adapters before a model is sharded",
                 )
             parameter = parameter.dequantize()
-        view = parameter[self._rows.start : self._rows.stop].as_subclass(ProjectedTensor)
-        view._projection, view._name = self, name
+        view = self.shown(self._rows.of(parameter), name)
         view._is_hf_initialized = is_initialized  # type: ignore[attr-defined]  # its initialiser leaves these alone
         return view
 
@@ -261,53 +427,147 @@ class Projection(nn.Linear):
         current = self._view(name)
         if current is None or not isinstance(value, Tensor):
             return current is value
-        return (value.data_ptr(), value.shape, value.stride()) == (current.data_ptr(), current.shape, current.stride())
+        if isinstance(value, ShownTensor):
+            return value._stand_in is self and value._name == name
+        # Gradients for a tensor of its own would never arrive.
+        is_same = (value.data_ptr(), value.shape, value.stride()) == (
+            current.data_ptr(),
+            current.shape,
+            current.stride(),
+        )
+        return is_same and not value.requires_grad
+
+
+class Projection(StandIn, nn.Linear):  # type: ignore[misc, override]
+    """A linear layer of the stock model: ``weight`` [out_features, in_features], ``bias`` [out_features] or None."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.in_features = getattr(rows.owner, rows.weight).shape[1]
+        self.out_features = rows.count
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        held = self.held(input)
+        return self._rows.owner.project(self, input) if held is None else held
+
+    def independent(self) -> nn.Linear:
+        weight, bias = self.weight, self.bias
+        out = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        out.weight, own_bias = _own(weight), None if bias is None else _own(bias)
+        if own_bias is not None:
+            out.bias = own_bias
+        return out.train(self.training)
+
+
+class Norm(StandIn):
+    """The stock model's norm that a fused module begins with: ``weight`` and ``bias`` (or None) [features]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., features] to the same, normed."""
+        owner: Any = self._rows.owner
+        out: Tensor = owner.normed(input)
+        return out
+
+    def independent(self) -> nn.Module:
+        owner: Any = self._rows.owner
+        weight, bias = self.weight, self.bias
+        cls: Any = RMSNorm if bias is None else LayerNorm
+        out: nn.Module = cls(
+            weight.shape[0], eps=owner.eps, zero_centered_gamma=owner.zero_centered_gamma, device="meta"
+        )
+        out.weight = _own(weight)
+        if bias is not None:
+            out.bias = _own(bias)
+        return out.train(self.training)
+
+
+class Absent(nn.Module):
+    """A module of the stock model that no view can show: whoever looks it up by its name gets an error that says so."""
+
+    def __init__(self, path: str, owner: str) -> None:
+        super().__init__()
+        self.path, self.owner = path, owner
+        self._is_hf_initialized = True
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ``UnsupportedError``."""
+        raise UnsupportedError(
+            Problem(
+                where=self.path,
+                what=f"this module of the stock model is a part of a {self.owner} here, and can not be shown by itself",
+                details=("the mapping turns it, or stores other numbers for it",),
+                fix="load the model with transformers to change this module by its name",
+            )
+        )
+
+    forward = requires_grad_ = refuse
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """None of its own; ``UnsupportedError`` for whoever asks this very module for all that is in it."""
+        return self.refuse() if recurse else iter(())
+
+    @property
+    def weight(self) -> Tensor:
+        out: Tensor = self.refuse()
+        return out
+
+    @property
+    def bias(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.path}: a part of a {self.owner} that can not be shown by itself"
+
+
+def _own(shown: Tensor) -> nn.Parameter:
+    return nn.Parameter(_plain(shown).clone(), requires_grad=shown.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A name at which a projection was put, and where now something else may stand."""
+    """A name at which a stand-in was put, and where now something else may stand."""
 
-    projection: Projection
+    stand_in: StandIn
     parent: nn.Module
     attribute: str
 
     @property
     def standing(self) -> nn.Module:
         """The module that stands there now."""
-        standing = self.parent._modules.get(self.attribute, self.projection)
-        return self.projection if standing is None else standing
+        standing = self.parent._modules.get(self.attribute, self.stand_in)
+        return self.stand_in if standing is None else standing
 
     @property
     def is_plain(self) -> bool:
-        """Whether the projection stands there, and nobody wants to know when it is called."""
-        own = self.projection  # asked before each fused computation: as few steps as possible
+        """Whether the stand-in stands there, and nobody wants to know when it is called."""
+        own = self.stand_in  # asked before each fused computation: as few steps as possible
         if self.parent._modules.get(self.attribute, own) is not own:
             return False
         hooks = own._forward_hooks or own._forward_pre_hooks or own._backward_hooks or own._backward_pre_hooks
         return not hooks
 
     def call(self, input: Tensor, output: Tensor) -> Tensor:
-        """What stands there makes of ``input``, of which the projection itself makes ``output``."""
-        return self.projection.called_through(self.standing, input, output)
+        """What stands there makes of ``input``, of which the stand-in itself makes ``output``."""
+        return self.stand_in.called_through(self.standing, input, output)
 
 
 class Places:
     """The places of one fused module. Not a module: a fused module must not have its parent as a child."""
 
     def __init__(self, places: Iterable[Place] = ()) -> None:
-        self._places = sorted(places, key=lambda place: place.projection.rows.start)
+        self._places = sorted(places, key=lambda place: place.stand_in.rows.start)
 
     def __iter__(self) -> Iterator[Place]:
         return iter(self._places)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         # A fused module that is copied without the modules around it has no places: they are the original's.
-        kept = [place for place in self._places if id(place.projection.rows.around) in memo]
+        kept = [place for place in self._places if id(place.stand_in.rows.around) in memo]
         return Places(
             replace(
                 place,
-                projection=copy.deepcopy(place.projection, memo),
+                stand_in=copy.deepcopy(place.stand_in, memo),
                 parent=copy.deepcopy(place.parent, memo),
             )
             for place in kept
@@ -315,19 +575,19 @@ class Places:
 
     @property
     def are_plain(self) -> bool:
-        """Whether a projection stands in every place: nothing needs more than the fused computation."""
+        """Whether a stand-in stands in every place: nothing needs more than the fused computation."""
         return all(place.is_plain for place in self._places)
 
     def of(self, parameter: str) -> list[Place]:
         """Those in one parameter, by rows."""
-        return [place for place in self._places if place.projection.rows.weight == parameter]
+        return [place for place in self._places if place.stand_in.rows.weight == parameter]
 
 
 class Fused(nn.Module):
-    """A module of several linear layers of the stock model, or of one that was renamed."""
+    """A module of several modules of the stock model, or of one that was renamed."""
 
     BIASES: ClassVar[dict[str, str]]
-    """The parameters [rows, in_features] that projections may lie in -> their biases."""
+    """The parameters [rows, in_features] that projections may lie in, and [features] of the norm -> their biases."""
 
     caches_weights: bool = True
     """Whether quantized copies of the weights are kept while they are frozen. ``set_precision`` sets it."""
@@ -336,16 +596,13 @@ class Fused(nn.Module):
 
     @property
     def places(self) -> Places:
-        """Where projections of this module were put."""
+        """Where stand-ins for parts of this module were put."""
         return self._places
 
     def add_place(self, place: Place) -> None:
-        """Put ``place.projection``, rows of a parameter of this module, at its name."""
-        place.parent.add_module(place.attribute, place.projection)
+        """Put ``place.stand_in``, a part of this module, at its name."""
+        place.parent.add_module(place.attribute, place.stand_in)
         self._places = Places((*self._places, place))
-        # Whoever walks down by children moves, casts or exchanges what it finds (accelerate's and torchao's
-        # conversions make copies of the weights); a projection has nothing to be moved. Names still lead to it.
-        place.parent.named_children = partial(_children_but_projections, place.parent)  # type: ignore[method-assign]
 
     def project(self, projection: Projection, input: Tensor) -> Tensor:
         """What a projection makes of another input than the fused module's.
@@ -361,14 +618,18 @@ class Fused(nn.Module):
 
     def through(self, parameter: str, input: Tensor, output: Tensor) -> Tensor:
         """``output``, the product of ``input`` and ``parameter``, as those make it who stand in its places."""
+        changed = [place for place in self._places.of(parameter) if not place.is_plain]
+        rows = [place.stand_in.rows for place in changed]
+        made = [place.call(input, each.of(output, -1)) for place, each in zip(changed, rows, strict=True)]
+        for each, part in zip(rows, made, strict=True):
+            if each.order is not None:
+                output = output.index_copy(-1, each.order.to(output.device), part.to(output.dtype))
         parts, start = [], 0
-        for place in self._places.of(parameter):
-            if place.is_plain:
-                continue
-            rows = place.projection.rows
-            parts += [output[..., start : rows.start]] if rows.start > start else []
-            parts.append(place.call(input, output[..., rows.start : rows.stop]))
-            start = rows.stop
+        for each, part in zip(rows, made, strict=True):
+            if each.order is None:
+                parts += [output[..., start : each.start]] if each.start > start else []
+                parts.append(part)
+                start = each.stop
         if not parts:
             return output
         parts += [output[..., start:]] if start < output.shape[-1] else []
@@ -388,7 +649,7 @@ class FusedLinear(Fused):
         if self._places.are_plain:
             return self.compute(inp, *args, **kwargs)
         first = next(iter(self._places))
-        if first.projection.rows.is_whole:
+        if first.stand_in.rows.is_whole:
             out: Tensor = first.standing(inp)  # it asks ``project``, perhaps with an input of its own
             return out
         return self.through("weight", inp, self.compute(inp, *args, **kwargs))
@@ -397,10 +658,39 @@ class FusedLinear(Fused):
         return self.compute(input) if projection.rows.is_whole else super().project(projection, input)
 
 
-class FusedNormLinear(Fused):
-    """A norm and a linear layer: ``compute`` is its own function."""
+class FusedWithNorm(Fused):
+    """A module that begins with a norm, in the parameters ``layernorm_weight`` and (or None) ``layernorm_bias``."""
 
-    BIASES: ClassVar = {"weight": "bias"}
+    NORM: ClassVar = {"layernorm_weight": "layernorm_bias"}
+
+    eps: float
+    zero_centered_gamma: bool
+    layernorm_weight: nn.Parameter
+    layernorm_bias: nn.Parameter | None
+
+    def normed(self, inp: Tensor) -> Tensor:
+        """The norm alone, of [..., features] and by the reference; the dtype stays the input's."""
+        # Transformer Engine's modules without a bias have no such attribute.
+        weight, bias = self.layernorm_weight, self._parameters.get("layernorm_bias")
+        if bias is None:
+            out = rms_norm(inp, weight, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
+        else:
+            out = layer_norm(inp, weight, bias, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
+        return out.to(inp.dtype)
+
+    def normed_elsewhere(self, inp: Tensor) -> Tensor | None:
+        """The normed input, where something else than the stand-in makes it."""
+        for place in self._places.of("layernorm_weight"):
+            if not place.is_plain:
+                out: Tensor = place.standing(inp)
+                return out
+        return None
+
+
+class FusedNormLinear(FusedWithNorm):
+    """A norm and a linear layer: ``compute`` is its own function, the others are its steps."""
+
+    BIASES: ClassVar = {"weight": "bias", **FusedWithNorm.NORM}
     return_layernorm_output: bool
 
     def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -411,18 +701,26 @@ class FusedNormLinear(Fused):
         """The same and the normed input [..., in_features]."""
         raise NotImplementedError
 
+    def compute_of_normed(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The linear layer alone, of the normed input."""
+        raise NotImplementedError
+
     def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         if self._places.are_plain:
             return self.compute(inp, *args, **kwargs)
-        out, normed = self.compute_with_normed(inp, *args, **kwargs)
+        normed = self.normed_elsewhere(inp)
+        if normed is None:
+            out, normed = self.compute_with_normed(inp, *args, **kwargs)
+        else:
+            out = self.compute_of_normed(normed, *args, **kwargs)
         out = self.through("weight", normed, out)
         return (out, normed) if self.return_layernorm_output else out
 
 
-class FusedMLP(Fused):
+class FusedMLP(FusedWithNorm):
     """A norm and a two-layer MLP: ``compute`` is its own function, the others are its steps."""
 
-    BIASES: ClassVar = {"fc1_weight": "fc1_bias", "fc2_weight": "fc2_bias"}
+    BIASES: ClassVar = {"fc1_weight": "fc1_bias", "fc2_weight": "fc2_bias", **FusedWithNorm.NORM}
 
     def compute(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The MLP without its places: [..., hidden_size] to [..., hidden_size]."""
@@ -430,6 +728,10 @@ class FusedMLP(Fused):
 
     def first_with_normed(self, inp: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The first layer's output, before the activation, and the normed input."""
+        raise NotImplementedError
+
+    def first_of_normed(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first layer's output alone, of the normed input."""
         raise NotImplementedError
 
     def activate(self, first: Tensor) -> Tensor:
@@ -443,10 +745,14 @@ class FusedMLP(Fused):
     def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._places.are_plain:
             return self.compute(inp, *args, **kwargs)
-        first, normed = self.first_with_normed(inp, *args, **kwargs)
+        normed = self.normed_elsewhere(inp)
+        if normed is None:
+            first, normed = self.first_with_normed(inp, *args, **kwargs)
+        else:
+            first = self.first_of_normed(normed, *args, **kwargs)
         activated = self.activate(self.through("fc1_weight", normed, first))
         places = self._places.of("fc2_weight")
-        if len(places) == 1 and places[0].projection.rows.is_whole:
+        if len(places) == 1 and places[0].stand_in.rows.is_whole:
             out: Tensor = places[0].standing(activated)
             return out
         return self.through("fc2_weight", activated, self.second(activated, *args, **kwargs))
@@ -455,10 +761,6 @@ class FusedMLP(Fused):
         rows = projection.rows
         is_second = rows.weight == "fc2_weight" and rows.is_whole
         return self.second(input) if is_second else super().project(projection, input)
-
-
-def _children_but_projections(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in nn.Module.named_children(module) if not isinstance(child, Projection))
 
 
 def _is_plain(tensor: Tensor) -> bool:

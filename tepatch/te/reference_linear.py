@@ -106,8 +106,11 @@ class LayerNormLinear(FusedNormLinear, NormedInput):
         return (out, normed) if self.return_layernorm_output else out
 
     def compute_with_normed(self, inp: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.normalize(inp)
-        return F.linear(normed, self.weight, self.bias), normed
+        normed = self.normed(inp)
+        return self.compute_of_normed(normed), normed
+
+    def compute_of_normed(self, normed: Tensor) -> Tensor:
+        return F.linear(normed, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.normalization}, bias={self.bias is not None}"

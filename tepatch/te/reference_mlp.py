@@ -116,8 +116,11 @@ class LayerNormMLP(FusedMLP, NormedInput):
         return self.second(self.activate(first))
 
     def first_with_normed(self, inp: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.normalize(inp)
-        return F.linear(normed, self.fc1_weight, self.fc1_bias), normed
+        normed = self.normed(inp)
+        return self.first_of_normed(normed), normed
+
+    def first_of_normed(self, normed: Tensor) -> Tensor:
+        return F.linear(normed, self.fc1_weight, self.fc1_bias)
 
     def activate(self, first: Tensor) -> Tensor:
         return activate(first, self.activation)

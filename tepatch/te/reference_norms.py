@@ -170,20 +170,6 @@ class NormedInput(nn.Module):
         initialize(self.layernorm_weight, identity_gamma(zero_centered=self.zero_centered_gamma))
         initialize(self.layernorm_bias, nn.init.zeros_)
 
-    def normalize(self, inp: Tensor) -> Tensor:
-        """Norm the last dimension; the dtype stays the input's."""
-        if self.layernorm_bias is None:
-            wide = rms_norm(inp, self.layernorm_weight, eps=self.eps, zero_centered_gamma=self.zero_centered_gamma)
-        else:
-            wide = layer_norm(
-                inp,
-                self.layernorm_weight,
-                self.layernorm_bias,
-                eps=self.eps,
-                zero_centered_gamma=self.zero_centered_gamma,
-            )
-        return wide.to(inp.dtype)
-
 
 def _shape(normalized_shape: int | Iterable[int]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)

@@ -183,8 +183,17 @@ class Layer(AcceleratedLayer):
         super().__init__()
         self.linear = Linear()
         self.precision = None if recipe is None else Precision("fp8", recipe)
-        rows = Rows(owner=self.linear, around=self, path="proj", weight="weight", bias=None, start=0, stop=16)
-        self.linear.add_place(Place(projection=Projection(rows), parent=self, attribute="proj"))
+        rows = Rows(
+            owner=self.linear,
+            around=self,
+            path="proj",
+            owner_path="linear",
+            weight="weight",
+            bias=None,
+            start=0,
+            stop=16,
+        )
+        self.linear.add_place(Place(stand_in=Projection(rows), parent=self, attribute="proj"))
 
     def forward(self, inp: Tensor) -> Tensor:
         out: Tensor = self.linear(inp)

@@ -134,7 +134,7 @@ def test_an_activation_in_bfloat16_is_computed_in_float32_and_rounded_once() -> 
     with torch.no_grad():
         mlp.fc2_weight.copy_(torch.eye(8))
     x = torch.randn(16, 8).bfloat16()
-    fc1 = F.linear(mlp.normalize(x), mlp.fc1_weight).float()
+    fc1 = F.linear(mlp.normed(x), mlp.fc1_weight).float()
     assert torch.equal(mlp(x), (F.silu(fc1[..., :8]) * fc1[..., 8:]).bfloat16())
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral as hf
 
 from tepatch.te.attention import SelfAttention
+from tepatch.te.backend import modules
 from tepatch.te.decoder import DecoderLayer, attention_options
 from tepatch.te.experts import mixture_of_experts
 from tepatch.te.rope import Float32Rotary
@@ -15,11 +18,14 @@ from tepatch.te.rope import Float32Rotary
 class MixtralDecoderLayer(DecoderLayer, hf.MixtralDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + experts(norm(x))``; a window for all layers where the config has one."""
 
+    post_attention_layernorm: Any
+
     def __init__(self, config: MixtralConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)  # not Hugging Face's: its parameters would only be in the way
         self.hidden_size = config.hidden_size
         # One window for all layers: Hugging Face's model does not look at layer_types.
         self.self_attn = SelfAttention(**attention_options(config, layer_idx), window=config.sliding_window)
+        self.post_attention_layernorm = modules().RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = mixture_of_experts(
             config,
             hf.MixtralTopKRouter(config),  # type: ignore[no-untyped-call]
@@ -28,6 +34,10 @@ class MixtralDecoderLayer(DecoderLayer, hf.MixtralDecoderLayer):  # type: ignore
             jitter_noise=config.router_jitter_noise,
         )
         self.mark_as_initialized()
+
+    def before_mlp(self, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = self.post_attention_layernorm(hidden_states)
+        return normed
 
 
 class MixtralRotaryEmbedding(Float32Rotary, hf.MixtralRotaryEmbedding):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
 from tepatch.te.attention import SelfAttention
+from tepatch.te.backend import modules
 from tepatch.te.decoder import DecoderLayer, attention_options, gated_mlp
-from tepatch.te.experts import mixture_of_experts
+from tepatch.te.experts import MixtureOfExperts, mixture_of_experts
 from tepatch.te.rope import Float32Rotary
 
 
 class Qwen3MoeDecoderLayer(DecoderLayer, hf.Qwen3MoeDecoderLayer):  # type: ignore[no-untyped-call]
     """``x + attention(norm(x))``, then ``x + experts(norm(x))``; the config makes some layers dense."""
+
+    post_attention_layernorm: Any
 
     def __init__(self, config: Qwen3MoeConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)  # not Hugging Face's: its parameters would only be in the way
@@ -28,6 +33,7 @@ class Qwen3MoeDecoderLayer(DecoderLayer, hf.Qwen3MoeDecoderLayer):  # type: igno
         )
         is_turn = config.num_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
         if is_turn and layer_idx not in (config.mlp_only_layers or ()):
+            self.post_attention_layernorm = modules().RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = mixture_of_experts(
                 config,
                 hf.Qwen3MoeTopKRouter(config),  # type: ignore[no-untyped-call]
@@ -37,6 +43,12 @@ class Qwen3MoeDecoderLayer(DecoderLayer, hf.Qwen3MoeDecoderLayer):  # type: igno
         else:
             self.mlp = gated_mlp(config)
         self.mark_as_initialized()
+
+    def before_mlp(self, hidden_states: Tensor) -> Tensor:
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return hidden_states  # a dense layer's MLP has its norm inside
+        normed: Tensor = self.post_attention_layernorm(hidden_states)
+        return normed
 
 
 class Qwen3MoeRotaryEmbedding(Float32Rotary, hf.Qwen3MoeRotaryEmbedding):
