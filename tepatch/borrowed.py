@@ -33,7 +33,10 @@ _TORCH = (
         "torch",
         "_parameters",
         "a module's own parameters: assigned without the checks of setattr, which refuses tensors and meta parameters",
-        ("tepatch.hf.fresh", "tepatch.hf.model", "tepatch.hf.projections", "tepatch.te.engine", "tepatch.te.quantized"),
+        (
+            *("tepatch.hf.fresh", "tepatch.hf.model", "tepatch.hf.projections"),
+            *("tepatch.te.engine", "tepatch.te.fused", "tepatch.te.quantized"),
+        ),
     ),
     Borrowed(
         "torch",

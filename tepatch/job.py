@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -167,7 +168,7 @@ class _Places:
     def __init__(
         self, model: PreTrainedModel, rules: Rules, targets: Mapping[str, TensorSpec], ties: Mapping[str, str]
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # it carries this, for plans that are made when they are asked for
         self.targets = targets
         self.ties = ties
         names = (*targets, *ties)
@@ -182,7 +183,11 @@ class _Places:
         others = [name for name in names if name not in inside]
         # In a checkpoint of a model that wraps this one, the head is beside the base: where the base's path begins.
         around = source.removesuffix(f".{self.base}") if self.base and source.endswith(f".{self.base}") else ""
-        rest = spelt_names(self.model, self._outside, others, around=around) if rules.rest else {}
+        rest: dict[str, str] = {}
+        if rules.rest and others:
+            model = self._model()
+            assert model is not None  # a checkpoint has been read: there is still the job
+            rest = spelt_names(model, self._outside, others, around=around)
         return _Seen(
             rules=move_base(rules, source=source, target=self.base),
             source=source,

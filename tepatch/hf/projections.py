@@ -41,13 +41,14 @@ def install_projections(model: nn.Module, plan: Plan) -> None:
         if leaf != "weight" or not path or len(plan.sources[source].shape) != 2:
             continue
         rows = _rows(modules, plan, copies, path)
+        owner = None if rows is None else rows.owner
         parent = None if rows is None else _parent(modules, path)
-        if rows is None or parent is None:
+        if rows is None or owner is None or parent is None:
             continue
         projection = Projection(rows)
         projection.training = parent.training
         projection._is_hf_initialized = True
-        rows.owner.add_place(Place(projection=projection, parent=parent, attribute=path.rpartition(".")[2]))
+        owner.add_place(Place(projection=projection, parent=parent, attribute=path.rpartition(".")[2]))
 
 
 def name_as_they_stand(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.frozen import forget
 from tepatch.te.quantized import is_quantized
+from tepatch.te.references import Method, Weak
 
 _OF_TORCH: Any = torch._C.TensorBase
 """Whose properties ``ProjectedTensor`` refines."""
@@ -43,7 +42,7 @@ class ProjectedTensor(Tensor):
     @property
     def data(self) -> Tensor:
         # Whoever takes it may write to it, which changes no version: PEFT merges so.
-        forget(self._projection.rows.owner)
+        self._projection.rows.forget()
         plain: Tensor = _OF_TORCH.data.__get__(self)
         return plain
 
@@ -74,31 +73,56 @@ class ProjectedTensor(Tensor):
         return self._projection.rows_of_gradient(self._name)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Where a projection lies: rows ``start`` to ``stop`` of parameters of ``owner``."""
+    """Where a projection lies: rows ``start`` to ``stop`` of parameters of ``owner``.
 
-    owner: Fused
-    around: nn.Module
-    """The innermost module that holds both the owner and the projection's place."""
-    path: str
-    """The projection's place in the model, for messages."""
-    weight: str
-    """The parameter of ``owner`` [rows, in_features]."""
-    bias: str | None
-    """The parameter of ``owner`` [rows]; None where there is none."""
-    start: int
-    stop: int
+    ``around`` is the innermost module that holds both the owner and the projection's place, ``path`` that place in the
+    model (for messages), ``weight`` the parameter of ``owner`` [rows, in_features], and ``bias`` that of [rows]; None
+    where there is none. The modules are not kept alive, and are None when they are gone; the parameters are.
+    """
+
+    def __init__(
+        self, *, owner: Fused, around: nn.Module, path: str, weight: str, bias: str | None, start: int, stop: int
+    ) -> None:
+        self._owner, self._around = Weak(owner), Weak(around)
+        self._parameters = owner._parameters
+        self.kind = type(owner).__name__
+        self.path, self.weight, self.bias = path, weight, bias
+        self.start, self.stop = start, stop
+
+    @property
+    def owner(self) -> Fused | None:
+        """The module whose parameters these are."""
+        return self._owner()
+
+    @property
+    def around(self) -> nn.Module | None:
+        """The module with which the owner and the projection are copied."""
+        return self._around()
 
     def parameter(self, name: str) -> Tensor | None:
         """The owner's parameter for "weight" or "bias", as it is now: parameters are replaced when a model moves."""
-        own = self.weight if name == "weight" else self.bias
-        return None if own is None else getattr(self.owner, own)
+        own, owner = self.weight if name == "weight" else self.bias, self.owner
+        if own is None:
+            return None
+        out: Tensor | None = self._parameters[own] if owner is None else getattr(owner, own)
+        return out
+
+    def is_copied_by(self, memo: dict[int, Any]) -> bool:
+        """Whether the module around is among those that are being copied."""
+        around = self.around
+        return around is not None and id(around) in memo
+
+    def forget(self) -> None:
+        """Have the owner forget what it has computed of its weights, which are about to change."""
+        if (owner := self.owner) is not None:
+            forget(owner)
 
     @property
     def is_whole(self) -> bool:
         """Whether these are all rows of the parameter."""
-        return (self.start, self.stop) == (0, getattr(self.owner, self.weight).shape[0])
+        weight = self.parameter("weight")
+        return weight is not None and (self.start, self.stop) == (0, weight.shape[0])
 
 
 class Projection(nn.Linear):
@@ -112,7 +136,8 @@ class Projection(nn.Linear):
 
     def __init__(self, rows: Rows) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would create parameters
-        weight = getattr(rows.owner, rows.weight)
+        weight = rows.parameter("weight")
+        assert weight is not None
         self._rows = rows
         self._held: tuple[Tensor, Tensor] | None = None
         self.in_features = weight.shape[1]
@@ -136,7 +161,8 @@ class Projection(nn.Linear):
     @property
     def training(self) -> bool:
         """The owner's: ``eval()`` goes down by ``named_children``, which leaves projections out."""
-        return self._rows.owner.training if "_rows" in self.__dict__ else True
+        owner = self._rows.owner if "_rows" in self.__dict__ else None
+        return True if owner is None else owner.training
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -150,7 +176,8 @@ class Projection(nn.Linear):
         held = self._held
         if held is not None and held[0] is input:
             return held[1]
-        return self._rows.owner.project(self, input)
+        owner = self._rows.owner
+        return F.linear(input, self.weight, self.bias) if owner is None else owner.project(self, input)
 
     def called_through(self, standing: nn.Module, input: Tensor, output: Tensor) -> Tensor:
         """What ``standing``, which stands in this place, makes of ``input``; this projection makes ``output`` of it."""
@@ -187,7 +214,7 @@ class Projection(nn.Linear):
             )
         # What the owner has computed is of the numbers before this: whoever has written may have done it in place.
         self.__dict__["_held"] = None
-        forget(self._rows.owner)
+        self._rows.forget()
         if (value.data_ptr(), value.stride()) != (place.data_ptr(), place.stride()):
             is_shared = value.untyped_storage().data_ptr() == place.untyped_storage().data_ptr()
             with torch.no_grad():
@@ -202,7 +229,7 @@ class Projection(nn.Linear):
     def refusal(self, what: str, *, expected: str = "", found: str = "", fix: str = "") -> UnsupportedError:
         """The error for something that a view can not do."""
         rows = self._rows
-        lies = f"it is rows {rows.start} to {rows.stop} of a {type(rows.owner).__name__}'s {rows.weight} (and bias)"
+        lies = f"it is rows {rows.start} to {rows.stop} of a {rows.kind}'s {rows.weight} (and bias)"
         return UnsupportedError(
             Problem(where=rows.path, what=what, details=(lies,), expected=expected, found=found, fix=fix)
         )
@@ -223,7 +250,7 @@ class Projection(nn.Linear):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
-        if id(self._rows.around) not in memo:
+        if not self._rows.is_copied_by(memo):
             return self._independent()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -264,25 +291,38 @@ class Projection(nn.Linear):
         return (value.data_ptr(), value.shape, value.stride()) == (current.data_ptr(), current.shape, current.stride())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A name at which a projection was put, and where now something else may stand."""
+    """A name at which a projection was put, and where now something else may stand: ``attribute`` of ``parent``.
 
-    projection: Projection
-    parent: nn.Module
-    attribute: str
+    The parent is not kept alive. Without it nothing stands there any more.
+    """
+
+    def __init__(self, *, projection: Projection, parent: nn.Module, attribute: str) -> None:
+        self.projection, self.attribute = projection, attribute
+        self._parent = Weak(parent)
+
+    def put(self) -> None:
+        """Have the projection stand there."""
+        parent = self._parent()
+        assert parent is not None
+        parent.add_module(self.attribute, self.projection)
+        # Whoever walks down by children moves, casts or exchanges what it finds (accelerate's and torchao's
+        # conversions make copies of the weights); a projection has nothing to be moved. Names still lead to it.
+        parent.named_children = Method(_children_but_projections, parent)  # type: ignore[method-assign]
 
     @property
     def standing(self) -> nn.Module:
         """The module that stands there now."""
-        standing = self.parent._modules.get(self.attribute, self.projection)
+        parent = self._parent()
+        standing = None if parent is None else parent._modules.get(self.attribute)
         return self.projection if standing is None else standing
 
     @property
     def is_plain(self) -> bool:
         """Whether the projection stands there, and nobody wants to know when it is called."""
         own = self.projection  # asked before each fused computation: as few steps as possible
-        if self.parent._modules.get(self.attribute, own) is not own:
+        parent = self._parent()
+        if parent is not None and parent._modules.get(self.attribute, own) is not own:
             return False
         hooks = own._forward_hooks or own._forward_pre_hooks or own._backward_hooks or own._backward_pre_hooks
         return not hooks
@@ -303,15 +343,8 @@ class Places:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         # A fused module that is copied without the modules around it has no places: they are the original's.
-        kept = [place for place in self._places if id(place.projection.rows.around) in memo]
-        return Places(
-            replace(
-                place,
-                projection=copy.deepcopy(place.projection, memo),
-                parent=copy.deepcopy(place.parent, memo),
-            )
-            for place in kept
-        )
+        kept = [place for place in self._places if place.projection.rows.is_copied_by(memo)]
+        return Places(copy.deepcopy(place, memo) for place in kept)
 
     @property
     def are_plain(self) -> bool:
@@ -341,11 +374,8 @@ class Fused(nn.Module):
 
     def add_place(self, place: Place) -> None:
         """Put ``place.projection``, rows of a parameter of this module, at its name."""
-        place.parent.add_module(place.attribute, place.projection)
+        place.put()
         self._places = Places((*self._places, place))
-        # Whoever walks down by children moves, casts or exchanges what it finds (accelerate's and torchao's
-        # conversions make copies of the weights); a projection has nothing to be moved. Names still lead to it.
-        place.parent.named_children = partial(_children_but_projections, place.parent)  # type: ignore[method-assign]
 
     def project(self, projection: Projection, input: Tensor) -> Tensor:
         """What a projection makes of another input than the fused module's.
