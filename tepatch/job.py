@@ -28,7 +28,7 @@ from tepatch.errors import PlanError, Problem
 from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
-from tepatch.hf.model import build_on_meta, target_specs
+from tepatch.hf.model import build_on_meta, keep_in_float32, target_specs
 from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import requirement_problems
@@ -128,9 +128,12 @@ def settle(
             checkpoint, dropped, notes = _completed(places, rules, checkpoint, stock, fresh, drop)
         planner = _Planner(patch, rules, fields, checkpoint, places, dropped, notes, is_own=mapping is None)
         relation, reading, layout = planner.plans()
+        spelling = places.seen(rules, relation.sources).spelling
+        places.targets = keep_in_float32(model, targets, respell(relation, spelling.stock()), wanted)
+        if places.targets != targets:
+            relation, reading, layout = planner.plans()
         if relation is not reading:
             relation = replace(relation, notes=reading.notes)
-        spelling = places.seen(rules, relation.sources).spelling
         yield Job(
             patch=patch,
             model=model,
