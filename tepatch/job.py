@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from tepatch.errors import PlanError, Problem
 from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
-from tepatch.hf.model import build_on_meta, target_specs
+from tepatch.hf.model import build_on_meta, keep_in_float32, target_specs
 from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import requirement_problems
@@ -127,9 +128,12 @@ def settle(
             checkpoint, dropped, notes = _completed(places, rules, checkpoint, stock, fresh, drop)
         planner = _Planner(patch, rules, fields, checkpoint, places, dropped, notes, is_own=mapping is None)
         relation, reading, layout = planner.plans()
+        spelling = places.seen(rules, relation.sources).spelling
+        places.targets = keep_in_float32(model, targets, respell(relation, spelling.stock()), wanted)
+        if places.targets != targets:
+            relation, reading, layout = planner.plans()
         if relation is not reading:
             relation = replace(relation, notes=reading.notes)
-        spelling = places.seen(rules, relation.sources).spelling
         yield Job(
             patch=patch,
             model=model,
@@ -167,7 +171,7 @@ class _Places:
     def __init__(
         self, model: PreTrainedModel, rules: Rules, targets: Mapping[str, TensorSpec], ties: Mapping[str, str]
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # it carries this, for plans that are made when they are asked for
         self.targets = targets
         self.ties = ties
         names = (*targets, *ties)
@@ -182,7 +186,11 @@ class _Places:
         others = [name for name in names if name not in inside]
         # In a checkpoint of a model that wraps this one, the head is beside the base: where the base's path begins.
         around = source.removesuffix(f".{self.base}") if self.base and source.endswith(f".{self.base}") else ""
-        rest = spelt_names(self.model, self._outside, others, around=around) if rules.rest else {}
+        rest: dict[str, str] = {}
+        if rules.rest and others:
+            model = self._model()
+            assert model is not None  # a checkpoint has been read: there is still the job
+            rest = spelt_names(model, self._outside, others, around=around)
         return _Seen(
             rules=move_base(rules, source=source, target=self.base),
             source=source,

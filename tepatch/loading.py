@@ -6,7 +6,6 @@ with the patch's layers, make the plan. ``plan`` stops there; ``load`` and ``bui
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -298,12 +297,6 @@ def _sharded(job: Job, parallelize: Parallelize, device_map: DeviceMap | None, w
     return shard(job.model, parallelize)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that can be allocated without anything being freed before."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 def _quantized_weights(job: Job, weights: str, *, keep_initial: bool) -> QuantizedWeights | None:
     if weights not in WEIGHTS:
         raise PlanError(
@@ -348,8 +341,6 @@ def _execute(
     check_mesh(job.model, target)
     if isinstance(job.checkpoint, FreshWeights | Completed):
         job.checkpoint.device = target
-    if target.type == "cuda" and _free_memory(target) < job.reading.target_bytes:
-        gc.collect()  # a patched model refers to itself: one that was deleted may still hold the memory needed now
     to = Destination(
         device=target,
         allocate=None if placement is None else placement.allocate,

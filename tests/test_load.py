@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from rounding import assert_close, forward_terms
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tepatch
 from tepatch.checkpoint import open_checkpoint
@@ -119,6 +122,81 @@ def test_dtype_converts_and_the_global_default_stays(
     assert model.config.dtype == expected
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def keeps(cls: type, monkeypatch: pytest.MonkeyPatch, usual: tuple[str, ...], strict: tuple[str, ...] = ()) -> None:
+    """Have a stock class keep what these patterns find in float32."""
+    monkeypatch.setattr(cls, "_keep_in_fp32_modules", list(usual))
+    monkeypatch.setattr(cls, "_keep_in_fp32_modules_strict", list(strict))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_stock_class_keeps_in_float32_stays_so(
+    dtype: torch.dtype, tiny_llama: Make, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeps(LlamaForCausalLM, monkeypatch, ("model.norm", "head"), ("embed_tokens.*",))
+    folder = save_checkpoint(tiny_llama())
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    for model in (load(folder, dtype=dtype), tepatch.build("llama", expected.config, dtype=dtype, backend="reference")):
+        assert {n: t.dtype for n, t in model.state_dict().items()} == {
+            n: t.dtype for n, t in expected.state_dict().items()
+        }
+        assert model.model.norm.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+        assert model.model.layers[0].self_attn.qkv.layernorm_weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("norm", "model.layers.0.self_attn.qkv.layernorm_weight"),
+        ("input_layernorm", "model.layers.0.self_attn.qkv.layernorm_weight"),
+        ("layers.1.post_attention_layernorm", "model.layers.1.mlp.layernorm_weight"),
+        ("q_proj", "model.layers.0.self_attn.qkv.weight"),
+        ("self_attn.*_proj", "model.layers.0.self_attn.proj.weight"),
+        ("layers.*.mlp", "model.layers.2.mlp.fc1_weight"),
+    ],
+)
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_what_is_kept_in_float32_and_lies_in_a_fused_module_is_refused(
+    pattern: str, named: str, is_strict: bool, tiny_llama: Make, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeps(LlamaForCausalLM, monkeypatch, *(((), (pattern,)) if is_strict else ((pattern,), ())))
+    folder = save_checkpoint(tiny_llama())
+    for dtype in (torch.float16, torch.bfloat16):
+        if dtype == torch.bfloat16 and not is_strict:
+            load(folder, dtype=dtype)
+            continue
+        with pytest.raises(PlanError, match=re.escape(named)) as caught:
+            load(folder, dtype=dtype)
+        assert "LlamaForCausalLM keeps tensors in float32" in str(caught.value)
+        with pytest.raises(PlanError, match=re.escape(named)):
+            tepatch.build("llama", LlamaForCausalLM.config_class.from_pretrained(folder), dtype=dtype)
+    assert "dtype='float32'" in (str(caught.value))
+    assert {p.dtype for p in load(folder, dtype="float32").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_what_is_kept_is_found_by_the_names_that_it_has_in_memory(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtral's routers are ``block_sparse_moe.gate`` in checkpoints; their modules are the stock ones."""
+    keeps(MixtralForCausalLM, monkeypatch, (), ("mlp.gate.weight",))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4, pad_token_id=0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+    expected = MixtralForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = tepatch.load("mixtral", tmp_path, dtype=dtype, backend="reference")
+    assert {n: t.dtype for n, t in model.state_dict().items()} == {n: t.dtype for n, t in expected.state_dict().items()}
+    assert expected.model.layers[0].mlp.gate.weight.dtype == torch.float32
+    keeps(MixtralForCausalLM, monkeypatch, (), ("experts",))
+    if dtype != torch.float32:
+        with pytest.raises(PlanError, match="experts"):
+            tepatch.load("mixtral", tmp_path, dtype=dtype, backend="reference")
 
 
 def test_config_and_generation_settings_are_those_of_from_pretrained(tiny_llama: Make, save_checkpoint: Save) -> None:

@@ -6,14 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from rounding import assert_close, forward_terms, scores
+from rounding import assert_close, forward_terms, gradient_terms, scores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
 )
 
 import tepatch
@@ -71,14 +81,12 @@ def fill(cache: Any, tokens: int, layers: int = 2) -> Any:
 
 
 def assert_same(ours: Tensor | None, theirs: Tensor, num_queries: int, window: int | None = None) -> None:
-    """Equal wherever a query sees anything at all: rows of padding are nobody's."""
     if ours is None:
         size = theirs.shape[-1]
         ours = visible(torch.ones(BATCH, 1, 1, size, dtype=torch.int32), num_queries, window)
     elif ours.dtype == torch.int32:
         ours = visible(ours, num_queries, window)
-    rows = ours.any(dim=-1, keepdim=True)
-    assert torch.equal(ours & rows, theirs.expand_as(ours) & rows)
+    assert torch.equal(ours, theirs.expand_as(ours))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -141,6 +149,73 @@ def test_a_rule_of_somebody_else_becomes_a_boolean_mask() -> None:
     assert ours.dtype == torch.bool
     assert torch.equal(ours, theirs)
     assert ours[0, 0, 0].tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("named", [(-1, 0, 7), (2**62, -(2**62), 2**31), (3, 3, 3)])
+def test_packed_rows_are_told_whatever_their_numbers_are(named: tuple[int, int, int]) -> None:
+    rows = [[0, 0, 1, 1, 2, 2], [2, 1, 1, 1, 1, 0], [0, 1, 0, 2, 2, 1]]
+    packed = torch.tensor([[named[each] for each in row] for row in rows])
+    rule = packed_sequence_mask_function(packed)
+    ours, theirs = masks(create_causal_mask, LlamaConfig(**SIZES), and_mask_function=rule)
+    assert ours is not None
+    assert ours.dtype == torch.int32
+    assert_same(ours, theirs, TOKENS)
+
+
+def test_a_stock_module_with_a_window_takes_no_numbers_that_stand_for_nothing() -> None:
+    query, wrong = torch.randn(1, 2, 4, 8), torch.tensor([[[[1, 1, -3, 1]]]], dtype=torch.int32)
+    for window in (None, 2):
+        with pytest.raises(UnsupportedError, match="no sequence numbers"):
+            attention.attention_of_stock_modules(
+                torch.nn.Module(), query, query, query, wrong, scaling=1.0, sliding_window=window
+            )
+
+
+PADDED = {
+    "left": [[0] * 5 + [1] * 7, [1] * 12, [0] * 11 + [1]],
+    "right": [[1] * 7 + [0] * 5, [1] * 12, [1] + [0] * 11],
+    "holes": [[1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1], [1] * 12],
+    "holes and nothing": [[1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0], [0] * 12, [0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]],
+}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, {}),
+    "llama with biases": (LlamaForCausalLM, {"attention_bias": True}),
+    "mistral with a window": (MistralForCausalLM, {"sliding_window": 3}),
+    "gemma": (GemmaForCausalLM, {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", PADDED)
+def test_the_loss_over_tokens_is_the_stock_models_wherever_padding_is(
+    name: str, use_cache: bool, family: str, tmp_path: Any
+) -> None:
+    """A token that follows on padding is predicted from there, as the first one of a row that is padded on the left."""
+    cls, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    config = cls.config_class(
+        **SIZES, intermediate_size=48, vocab_size=64, head_dim=16, initializer_range=0.3, pad_token_id=0, **fields
+    )
+    stock = cls(config).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    stock.save_pretrained(tmp_path)
+    model = tepatch.load(config.model_type, tmp_path, backend="reference")
+    mask = torch.tensor(PADDED[name])
+    ids = torch.randint(1, 64, mask.shape)
+    labels = torch.where(mask.bool(), ids, -100)
+    losses, gradients = [], []
+    for each in (stock, model):
+        embeds = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = each(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=use_cache)
+        out.loss.backward()
+        losses.append(out.loss)
+        gradients.append(torch.cat([embeds.grad.flatten(), each.lm_head.weight.grad.flatten()]))  # type: ignore[union-attr]
+    assert_close(losses[1], losses[0], terms=forward_terms(config, 12))
+    assert_close(gradients[1], gradients[0], terms=gradient_terms(config, 12, int(mask.sum())))
 
 
 def test_a_rule_that_only_looks_like_a_known_one_is_not_taken_for_it() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from packaging.version import Version
 from rounding import assert_close, forward_terms, gradient_terms
+from transformers import MistralConfig, MistralForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import tepatch
@@ -337,6 +338,83 @@ def test_two_adapters_take_turns_and_serve_one_batch(both: Callable[..., Both]) 
     models.each(lambda model: model.eval())
     models.assert_same_logits(adapter_names=["other", "default"])
     models.assert_same_logits(adapter_names=["__base__", "other"])
+
+
+MIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "attention": ({"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["k_proj"]}),
+    "o alone": ({"target_modules": ["o_proj"]}, {"target_modules": ["o_proj"]}),
+    "the mlp": ({"target_modules": ["up_proj"]}, {"target_modules": ["down_proj"]}),
+    "one trained whole": (
+        {"target_modules": ["k_proj"], "modules_to_save": ["q_proj", "o_proj"]},
+        {"target_modules": ["embed_tokens", "gate_proj"], "modules_to_save": ["q_proj", "o_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("padding", [[0] * 4 + [1] * 7, [1] * 8 + [0] * 3, [1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_padded_batch_of_mixed_adapters_is_the_stock_models(
+    name: str, padding: list[int], use_cache: bool, both: Callable[..., Both]
+) -> None:
+    """Each row of the batch has its adapter: what stands in a place has to be given the rows of the batch."""
+    first, second = MIXED[name]
+    models = both().adapted(**first)
+    models.each(lambda model: model.add_adapter("other", peft.LoraConfig(r=2, **second)))
+    models.share_adapters(7)
+    models.each(lambda model: model.eval())
+    mask = torch.tensor([padding, [1] * 11, padding])
+    for names in (["other", "default", "__base__"], ["default", "__base__", "other"]):
+        given = {"attention_mask": mask, "adapter_names": names, "use_cache": use_cache}
+        with torch.no_grad():
+            expected, found = (model(ids(3), **given).logits[mask.bool()] for model in models.models)
+        assert_close(found, expected, terms=models.terms)
+
+
+def prompts(kind: str) -> Any:
+    options = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
+    return {
+        "prefix": lambda: peft.PrefixTuningConfig(**options),
+        "projected prefix": lambda: peft.PrefixTuningConfig(**options, prefix_projection=True, encoder_hidden_size=16),
+        "prompt": lambda: peft.PromptTuningConfig(**options),
+        "p": lambda: peft.PromptEncoderConfig(**options, encoder_hidden_size=16),
+    }[kind]()
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's name, not the newest one
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padding", [[0] * 4 + [1] * 7, [0, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0]], ids=str)
+@pytest.mark.parametrize("kind", ["prefix", "projected prefix", "prompt", "p"])
+def test_virtual_tokens_before_padding_are_seen_where_a_token_follows(
+    kind: str, padding: list[int], window: int | None, tiny_llama: Make, save_checkpoint: Save
+) -> None:
+    """The first token of a row that is padded on the left is predicted from padding, which sees the virtual tokens."""
+    stock = tiny_llama(num_hidden_layers=2)
+    if window is not None:
+        weights = stock.state_dict()
+        fields = {
+            k: v for k, v in stock.config.to_dict().items() if k in MistralConfig().to_dict() and k != "model_type"
+        }
+        stock = MistralForCausalLM(MistralConfig(**fields, sliding_window=window)).eval()
+        stock.load_state_dict(weights)
+    models = Both(stock, tepatch.load(stock.config.model_type, save_checkpoint(stock), backend="reference"))
+    mask = torch.tensor([padding, [1] * 11])
+    results = []
+    for model in models.models:
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, prompts(kind)).eval()
+        trained = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name in sorted(trained):
+                trained[name].copy_(torch.randn(trained[name].shape, generator=generator) * 0.5)
+        loss = adapted(ids(), attention_mask=mask, labels=torch.where(mask.bool(), ids(), -100)).loss
+        loss.backward()
+        results.append((loss, torch.cat([trained[name].grad.flatten() for name in sorted(trained)])))
+    (expected, wanted), (found, gradient) = results
+    assert wanted.abs().max() > 0
+    assert_close(found, expected, terms=models.terms, name="loss")
+    assert_close(gradient, wanted, terms=models.terms_of_gradients, name="gradient")
 
 
 @pytest.mark.parametrize(

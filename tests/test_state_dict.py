@@ -7,7 +7,6 @@ import gc
 import pickle
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -656,14 +655,6 @@ model.save_pretrained({str(tmp_path / "saved")!r})
     assert done.returncode == 0, done.stderr
     saved = type(stock).from_pretrained(tmp_path / "saved")
     assert_equal(saved.state_dict(), torch.load(tmp_path / "state.pt", weights_only=True))
-
-
-def test_a_model_without_users_is_collected(load: Load) -> None:
-    _, model = load()
-    seen = weakref.ref(model)
-    del model
-    gc.collect()
-    assert seen() is None
 
 
 def test_a_plan_of_many_tensors_is_translated_in_a_moment() -> None:

@@ -6,8 +6,9 @@ import copy
 import gc
 import io
 import pickle
+import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,115 @@ def test_a_copy_is_equal_and_has_a_life_of_its_own(copied: Callable[[Any], Any],
         assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
-def test_a_deleted_model_and_its_copies_are_freed_by_the_next_collection(load: Load) -> None:
-    """Not at once: a model refers to itself, since its ``save_pretrained`` has to be a function of its own."""
-    _, model = load()
-    refs = [weakref.ref(model), weakref.ref(other := copy.deepcopy(model))]
-    del model, other
+def generated(model: Any) -> None:
+    model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+
+
+def trained(model: Any) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = mask[1, 3:5] = 0
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    model(IDS, attention_mask=mask, labels=IDS, output_hidden_states=True).loss.backward()
+
+
+def checkpointed(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+    trained(model)
+
+
+def refused(model: Any) -> None:
+    with pytest.raises(tepatch.TepatchError):
+        model(IDS, attention_mask=torch.randn(2, 1, 17, 17))
+
+
+def saved(model: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tepatch.save(model, Path(folder, "again"))
+    model.load_state_dict(model.state_dict())
+
+
+def moved(model: Any) -> None:
+    model.double().to("meta").to_empty(device="cpu").float()
+    model.resize_token_embeddings(140)
+
+
+def walked(model: Any) -> None:
+    for module in model.modules():
+        list(module.children())
+        assert module.named_children is not None
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight is not None
+    assert str(model.tepatch.others()) == str(model.tepatch.others())
+
+
+def adapted(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    wrapped(IDS, labels=IDS).loss.backward()
+    wrapped.merge_and_unload()
+
+
+def itself(model: Any) -> Any:
+    return model
+
+
+def by_build(model: Any) -> Any:
+    return tepatch.build("llama", model.config, backend="reference")
+
+
+USES = [trained, checkpointed, generated, refused, saved, moved, walked, adapted]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
     gc.collect()
-    assert [ref() for ref in refs] == [None, None]
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("how", [itself, copy.deepcopy, by_pickle, by_torch, by_build])
+def test_a_deleted_model_is_freed_at_once(
+    how: Callable[[Any], Any], use: Callable[[Any], None], save_checkpoint: Save, tiny_llama: Make
+) -> None:
+    """Without the garbage collector, as the stock model is: no module of it refers to itself."""
+    original = tepatch.load("llama", save_checkpoint(tiny_llama(num_hidden_layers=1, attention_bias=True)))
+    held = [weakref.ref(each) for each in (*original.parameters(), *original.buffers())]
+    model = how(original)
+    del original
+    assert how is itself or not any(ref() is not None for ref in held), "the copy keeps the original"
+    use(model)
+    model.zero_grad()
+    seen = [weakref.ref(each) for each in (*model.modules(), *model.parameters(), *model.buffers())]
+    del model
+    assert {type(ref()).__name__ for ref in seen} == {"NoneType"}
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_what_is_taken_out_of_a_model_works_without_it(load: Load, tmp_path: Path) -> None:
+    """As in the stock model: a temporary model is gone before its method is called, or its layer."""
+    stock, model = load()
+    seen = weakref.ref(model.lm_head.weight)
+    layer = copy.deepcopy(model).model.layers[0]
+    gate, query = layer.mlp.gate_proj, copy.deepcopy(model).model.layers[0].self_attn.q_proj
+    expected = stock.model.layers[0]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for found, wanted in ((gate, expected.mlp.gate_proj), (query, expected.self_attn.q_proj)):
+        assert torch.equal(found.weight, wanted.weight)
+        assert_close(found(x), wanted(x), terms=64)
+    save = model.save_pretrained
+    del model
+    assert seen() is not None
+    save(tmp_path / "saved")
+    del save
+    assert seen() is None
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in stock.state_dict().items())
 
 
 LONG = {"max_position_embeddings": 8192, "head_dim": 64, "num_hidden_layers": 2}

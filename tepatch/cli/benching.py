@@ -299,7 +299,7 @@ def _measure(
     with ProgressBar(total * len(contenders) * (rounds + 1), progress, "measuring") as bar:
         for index in range(rounds + 1):
             for each in contenders:
-                gc.collect()  # a model refers to itself
+                gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if dropped:

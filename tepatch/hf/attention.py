@@ -138,7 +138,8 @@ def mask_for_layers(
             return plain_mask(batch_size, kv_length, device, is_causal=is_causal)
         kind = CAUSAL if is_causal else BOTH_WAYS
         numbers = torch.full((batch_size, kv_length), EMPTY, dtype=kind, device=device)
-        numbers[:, :written] = packed[0] + FIRST if packed else FIRST
+        # Of the rule's own numbers only counts which are equal.
+        numbers[:, :written] = torch.unique(packed[0], return_inverse=True)[1] + FIRST if packed else FIRST
         if tokens is not None:
             numbers[:, :written].masked_fill_(~tokens, PADDING)
         return numbers[:, None, None]
@@ -203,7 +204,7 @@ def attention_of_stock_modules(
     if any(kwargs.get(name) is not None for name in _STARTS):
         attention_mask = _packed_numbers(query, key, attention_mask, kwargs, is_causal=is_causal)
     if attention_mask is not None and (told := direction(attention_mask)) is not None:
-        if window is None and layout_of(attention_mask, num_queries, num_keys) == Dense(num_keys):
+        if layout_of(attention_mask, num_queries, num_keys) == Dense(num_keys) and window is None:
             attention_mask, is_causal = None, told
         else:
             attention_mask = visible(attention_mask, num_queries, window)

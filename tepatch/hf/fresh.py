@@ -12,15 +12,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from tepatch.checkpoint import ShardReader, TensorInfo
+from tepatch.checkpoint import ShardReader, TensorInfo, torch_dtype
 from tepatch.errors import LoadError, Problem
 from tepatch.hf.model import initializer_of, is_poisoned, poisoned, target_specs
+from tepatch.mapping.plan import ITEM_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ class FreshWeights:
                 dtype=spec.dtype,
                 file=self._block(name),
                 offset=0,
-                nbytes=self.stock.get_parameter_or_buffer(name).numel() * self.dtype.itemsize,
+                nbytes=prod(spec.shape) * ITEM_SIZE.get(spec.dtype, 1),
             )
             for name, spec in specs.items()
         }
@@ -104,4 +106,4 @@ class _Block:
                     fix="fresh weights can not be made for this architecture; load a checkpoint",
                 )
             )
-        return tensor
+        return tensor.to(torch_dtype(info.dtype))  # a class may keep some in float32

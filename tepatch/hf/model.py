@@ -25,8 +25,9 @@ from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, Tepat
 from tepatch.hf import attention
 from tepatch.hf.config import asks_to_run_code, code_refused, told
 from tepatch.hf.named import named_tensors, without_wrappers
+from tepatch.hf.names import memory_names
 from tepatch.hf.sharding import like_sharded
-from tepatch.mapping.plan import Plan, Spec
+from tepatch.mapping.plan import Plan, Spec, TensorSpec
 from tepatch.replace import Replacement, replace_layers
 from tepatch.te.layer import AcceleratedLayer
 
@@ -87,13 +88,10 @@ def build_on_meta(
 def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, str]]:
     """What a checkpoint has to fill: parameters and persistent buffers by name, and which names are tied.
 
-    Floating-point parameters take ``dtype``, except those that the model class keeps in float32. Without a
-    ``dtype`` each has the one that it has.
+    Floating-point parameters take ``dtype``, except those that the model class keeps in float32 by these names: which
+    of a patched model's these are, only a plan can say (``keep_in_float32``). Without a ``dtype`` each has its own.
     """
-    keep = list(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        keep += list(model._keep_in_fp32_modules or ())
-    keep_in_float32 = re.compile("|".join(rf"(^|\.){part}(\.|$)" for part in keep)) if keep else None
+    stays = _stays_in_float32(model, dtype)
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -107,12 +105,60 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
             continue
         kept = tensor.dtype
         if dtype is not None and tensor.is_floating_point():
-            kept = torch.float32 if keep_in_float32 and keep_in_float32.search(name) else dtype
+            kept = torch.float32 if stays is not None and stays.search(name) else dtype
         code = dtype_code(kept)
         if code is None:
             raise LoadError(Problem(where=name, what=f"a checkpoint can not hold {kept}"))
         specs[name] = Spec(tuple(tensor.shape), code)
     return specs, ties
+
+
+def keep_in_float32(
+    model: PreTrainedModel, specs: Mapping[str, TensorSpec], plan: Plan, dtype: torch.dtype
+) -> Mapping[str, TensorSpec]:
+    """``specs`` of a patched model, loaded in ``dtype``, with those in float32 that the stock class keeps so.
+
+    Classes say it by names of the stock model, which the sources of ``plan`` have or are renamed to. Raises
+    ``PlanError`` where that is a part of a parameter, or is in a module of the backend, which computes in one dtype.
+    """
+    stays = _stays_in_float32(model, dtype)
+    if stays is None:
+        return specs
+    names = memory_names(model, plan.sources)
+    sources: dict[str, set[str]] = {}
+    for each in plan.copies:
+        sources.setdefault(each.target, set()).add(each.source)
+    owner_of, code, out, problems = _owners(model), dtype_code(dtype), dict(specs), []
+    for target, given in sources.items():
+        if specs[target].dtype not in (code, "F32"):
+            continue
+        kept = sorted(name for name in given if stays.search(names[name]))
+        out[target] = Spec(specs[target].shape, "F32" if kept else str(code))
+        is_fused = type(owner_of(target)[0]).__module__.startswith(("tepatch.te.", "transformer_engine."))
+        if kept and (is_fused or len(kept) < len(given)):
+            problems.append(
+                Problem(
+                    where=target,
+                    what=f"{type(model).__name__} keeps tensors in float32 that are here in the layer's dtype",
+                    details=tuple(kept[:8]),
+                    expected="float32",
+                    found=str(dtype).removeprefix("torch."),
+                    fix="load the model with dtype='float32', or with transformers",
+                )
+            )
+    if problems:
+        raise PlanError(problems)
+    return out
+
+
+def _stays_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
+    """What transformers searches for in a parameter's name to load it in float32 where all is loaded in ``dtype``."""
+    parts: list[str] = []
+    if dtype == torch.float16:
+        parts += model._keep_in_fp32_modules or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        parts += model._keep_in_fp32_modules_strict or ()
+    return re.compile("|".join(part.replace("*", ".*") for part in parts)) if parts else None
 
 
 def install(model: PreTrainedModel, plan: Plan, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:

@@ -39,6 +39,17 @@ def spelt_names(
     return out
 
 
+def memory_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """For each name of a checkpoint, that of the stock model's parameter which it becomes, or a part of it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [each for each in rules if isinstance(each, WeightRenaming)]
+    conversions = [each for each in rules if isinstance(each, WeightConverter)]
+    return {name: rename_source_key(name, renamings, conversions)[0] for name in names}
+
+
 class _Renaming:
     """What transformers may make of a checkpoint's name before it looks for it in ``model``."""
 

@@ -56,10 +56,11 @@ def install_stand_ins(model: nn.Module, plan: Plan) -> None:
             continue
         stand_in = (Norm if rows.weight in FusedWithNorm.NORM else Projection)(rows)
         stand_in._is_hf_initialized = True
-        rows.owner.add_place(Place(stand_in=stand_in, parent=parent, attribute=attribute))
-        if rows.around not in listening:
-            rows.around.register_load_state_dict_pre_hook(take_for_a_part)  # type: ignore[no-untyped-call]
-            listening.add(rows.around)
+        owner.add_place(Place(stand_in=stand_in, parent=parent, attribute=attribute))
+        around = rows.around
+        if around is not None and around not in listening:
+            around.register_load_state_dict_pre_hook(take_for_a_part)  # type: ignore[no-untyped-call]
+            listening.add(around)
 
 
 def name_as_they_stand(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

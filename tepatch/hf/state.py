@@ -5,8 +5,8 @@ whoever opens its checkpoint) knows Hugging Face's. So the root of the model tra
 the views in which sources lie are handed out as tensors, and tensors are copied into these views. Nothing is held
 twice. What has the same name on both sides is left to torch, and so is what the plan does not know.
 
-What is attached are functions of a module, and a partial function that Python copies and pickles together with the
-model that is its argument. So a copy of a model translates for itself.
+What is attached are functions of a module, and a method that Python copies and pickles together with the model that it
+is of. So a copy of a model translates for itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ from tepatch.hf.model import EXTRA_STATE
 from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
+from tepatch.te.references import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +61,7 @@ def attach(model: PreTrainedModel) -> None:
     model.register_state_dict_post_hook(give_their_names)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(take_their_names)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(expect_no_extra_state)  # type: ignore[no-untyped-call]
-    # A reference from the model to itself: its memory comes back with the garbage collector's next round. A weak one
-    # would not survive ``tepatch.load(...).save_pretrained(...)``.
-    model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
+    model.save_pretrained = Method(save_pretrained, model)  # type: ignore[method-assign]
     for module in model.modules():
         if module is not model and isinstance(module, PreTrainedModel):
             module.save_pretrained = module.push_to_hub = refuse_to_save_a_part  # type: ignore[assignment]

@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
         init_method = normal_init(init_std)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer_idx = layer_idx
-        self.window, self.is_causal = window, is_causal
+        self.window, self.is_causal, self.proj_bias = window, is_causal, proj_bias
         self.apply_rotary = te.apply_rotary
         rows = (num_heads + 2 * num_kv_heads) * head_dim
         norm = {"eps": norm_eps, "zero_centered_gamma": zero_centered_gamma}
@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
         again at 0 where there is no mask are packed sequences, also with a new dynamic cache. ``cache`` was called
         ``past_key_values`` before transformers 5.24. Of ``kwargs``, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (with
         ``max_length_q`` and ``max_length_k``) tell where packed sequences begin, and the rest does not concern
-        attention. What comes out for padding means nothing.
+        attention. What comes out for padding means nothing, but where a token follows (``tepatch.te.sequences``).
 
         Raises ``UnsupportedError`` for a mask of another form, for packed sequences that do not fit the tokens, and for
         what is not a ``transformers.Cache`` (the paged cache of continuous batching).
@@ -165,7 +165,7 @@ class SelfAttention(nn.Module):
             layout = self._layout(attention_mask, position_ids, hidden_states.shape, None, kwargs)
             fused: Any = (self.qkv, self.proj)
             is_plain = all(module.places.are_plain for module in fused)  # adapters expect rows of the batch
-            if isinstance(layout, Varlen) and layout.queries is not None and layout.max_queries and is_plain:
+            if isinstance(layout, Varlen) and layout.can_be_packed and is_plain:
                 return self._attend_packed(hidden_states, position_embeddings, layout, attention_mask)
             query, key, value = self._project(hidden_states, position_embeddings)
         else:
@@ -219,8 +219,16 @@ class SelfAttention(nn.Module):
         packed = hidden_states.flatten(0, 1).index_select(0, rows)[None]
         query, key, value = self._project(packed, position_embeddings)
         context = self._attend(query, key, value, replace(layout, queries=None, keys=None), mask)
-        out: Tensor = self.proj(context)[0]
-        return out.new_zeros(batch * tokens, out.shape[-1]).index_copy_(0, rows, out).view(batch, tokens, -1)
+
+        def put_back(packed: Tensor) -> Tensor:
+            whole = packed.new_zeros(batch * tokens, packed.shape[-1])
+            return whole.index_copy_(0, rows, packed[0]).view(batch, tokens, -1)
+
+        if self.proj_bias and self.is_causal:
+            # Padding that sees nothing has the bias, and a token may be predicted from it.
+            biased: Tensor = self.proj(put_back(context))
+            return biased
+        return put_back(self.proj(context))
 
     def _layout(
         self,
@@ -303,7 +311,7 @@ def attend(
 
     Shapes: query ``[b, q, heads, d]``, key and value ``[b, k, kv heads, d]``; out ``[b, q, heads * d]``. ``window`` is
     how many keys a query sees, itself counted. Rows that are in no sequence of a ``Varlen`` come out as
-    zeros.
+    zeros, but for those that are read (``holes``).
     """
     if window is not None and not is_causal and not isinstance(layout, Masked):
         raise UnsupportedError(
@@ -324,7 +332,9 @@ def attend(
             )
         mask = {"attn_mask_type": "arbitrary", "attention_mask": ~layout.visible, "window_size": NO_WINDOW}
         masked: Tensor = core(query, key, value, **mask)
-        return masked
+        # Transformer Engine's softmax over nothing is one over everything; torch's attention gives zeros.
+        blind = ~layout.visible.any(dim=-1, keepdim=True).transpose(1, 2)
+        return masked.view(batch, num_queries, heads, -1).masked_fill(blind, 0).flatten(2)
     if isinstance(layout, Dense):
         num_keys = layout.num_keys
         if num_keys < key.shape[1]:
@@ -355,6 +365,10 @@ def attend(
     )
     if layout.queries is not None:
         packed = packed.new_zeros(batch * num_queries, packed.shape[-1]).index_copy_(0, layout.queries, packed)
+    if (holes := layout.holes) is not None:
+        row = torch.arange(batch, device=query.device)[:, None]
+        read = attend(core, query[row, holes.queries], key, value, Masked(holes.visible), is_causal=is_causal)
+        packed = packed.index_copy(0, holes.rows, read.flatten(0, 1)[holes.kept])
     return packed.view(batch, num_queries, -1)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +23,7 @@ from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.frozen import forget
 from tepatch.te.quantized import is_quantized
 from tepatch.te.reference_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
+from tepatch.te.references import Weak
 
 _OF_TORCH: Any = torch._C.TensorBase
 """Whose properties ``ProjectedTensor`` refines."""
@@ -44,7 +44,7 @@ class ShownTensor(Tensor):
     @property
     def data(self) -> Tensor:
         # Whoever takes it may write to it, which changes no version: PEFT merges so.
-        forget(self._stand_in.rows.owner)
+        self._stand_in.rows.forget()
         plain: Tensor = _OF_TORCH.data.__get__(self)
         return plain
 
@@ -168,35 +168,67 @@ def _marked(out: Any, given: list[GatheredTensor]) -> Any:
     return plain
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Where a stand-in lies: rows ``start`` to ``stop`` of parameters of ``owner``, or those of ``order``."""
+    """Where a stand-in lies: rows ``start`` to ``stop`` of parameters of ``owner``, or those of ``order``.
 
-    owner: Fused
-    around: nn.Module
-    """The innermost module that holds both the owner and the stand-in's place."""
-    path: str
-    """The stand-in's place in the model."""
-    owner_path: str
-    """The owner's place in the model."""
-    weight: str
-    """The parameter of ``owner`` [rows, in_features], or [features] of a norm."""
-    bias: str | None
-    """The parameter of ``owner`` [rows]; None where there is none."""
-    start: int
-    stop: int
-    order: Tensor | None = None
-    """Where they are no run: the numbers of the rows [stop - start], on the CPU."""
+    ``around`` is the innermost module that holds both the owner and the stand-in's place, ``path`` that place in the
+    model, ``owner_path`` the owner's. ``weight`` is the parameter of ``owner`` [rows, in_features], or [features] of a
+    norm, and ``bias`` that of [rows], None where there is none. ``order`` holds the numbers of rows that are no run
+    [stop - start], on the CPU. The modules are not kept alive, and are None when they are gone; the parameters are.
+    """
+
+    def __init__(
+        self,
+        *,
+        owner: Fused,
+        around: nn.Module,
+        path: str,
+        owner_path: str,
+        weight: str,
+        bias: str | None,
+        start: int,
+        stop: int,
+        order: Tensor | None = None,
+    ) -> None:
+        self._owner, self._around = Weak(owner), Weak(around)
+        self._parameters = owner._parameters
+        self.kind = type(owner).__name__
+        self.path, self.owner_path, self.weight, self.bias = path, owner_path, weight, bias
+        self.start, self.stop, self.order = start, stop, order
+
+    @property
+    def owner(self) -> Fused | None:
+        """The module whose parameters these are."""
+        return self._owner()
+
+    @property
+    def around(self) -> nn.Module | None:
+        """The module with which the owner and the stand-in are copied."""
+        return self._around()
 
     def parameter(self, name: str) -> Tensor | None:
         """The owner's parameter for "weight" or "bias", as it is now: parameters are replaced when a model moves."""
-        own = self.weight if name == "weight" else self.bias
-        return None if own is None else getattr(self.owner, own)
+        own, owner = self.weight if name == "weight" else self.bias, self.owner
+        if own is None:
+            return None
+        out: Tensor | None = self._parameters[own] if owner is None else getattr(owner, own)
+        return out
+
+    def is_copied_by(self, memo: dict[int, Any]) -> bool:
+        """Whether the module around is among those that are being copied."""
+        around = self.around
+        return around is not None and id(around) in memo
+
+    def forget(self) -> None:
+        """Have the owner forget what it has computed of its weights, which are about to change."""
+        if (owner := self.owner) is not None:
+            forget(owner)
 
     @property
     def is_whole(self) -> bool:
         """Whether these are all rows of the parameter, as they lie."""
-        return self.order is None and (self.start, self.stop) == (0, getattr(self.owner, self.weight).shape[0])
+        weight = self.parameter("weight")
+        return self.order is None and weight is not None and (self.start, self.stop) == (0, weight.shape[0])
 
     @property
     def count(self) -> int:
@@ -211,7 +243,7 @@ class Rows:
 
     def __str__(self) -> str:
         which = f"rows {self.start} to {self.stop}" if self.order is None else f"{self.count} rows, in another order,"
-        return f"{which} of a {type(self.owner).__name__}'s {self.weight}"
+        return f"{which} of a {self.kind}'s {self.weight}"
 
 
 class StandIn(nn.Module):
@@ -246,7 +278,8 @@ class StandIn(nn.Module):
     @property
     def training(self) -> bool:
         """The owner's."""
-        return self._rows.owner.training if "_rows" in self.__dict__ else True
+        owner = self._rows.owner if "_rows" in self.__dict__ else None
+        return True if owner is None else owner.training
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -342,7 +375,7 @@ class StandIn(nn.Module):
             )
         # What the owner has computed is of the numbers before this: whoever has written may have done it in place.
         self.__dict__["_held"] = None
-        forget(rows.owner)
+        rows.forget()
         value = _plain(value)
         with torch.no_grad():
             if rows.order is not None:
@@ -390,7 +423,7 @@ class StandIn(nn.Module):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        if id(self._rows.around) not in memo:
+        if not self._rows.is_copied_by(memo):
             return self.independent()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -443,13 +476,16 @@ class Projection(StandIn, nn.Linear):  # type: ignore[misc, override]
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self.in_features = getattr(rows.owner, rows.weight).shape[1]
+        self.in_features = self.weight.shape[1]
         self.out_features = rows.count
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         held = self.held(input)
-        return self._rows.owner.project(self, input) if held is None else held
+        if held is not None:
+            return held
+        owner = self._rows.owner
+        return F.linear(input, self.weight, self.bias) if owner is None else owner.project(self, input)
 
     def independent(self) -> nn.Linear:
         weight, bias = self.weight, self.bias
@@ -463,19 +499,21 @@ class Projection(StandIn, nn.Linear):  # type: ignore[misc, override]
 class Norm(StandIn):
     """The stock model's norm that a fused module begins with: ``weight`` and ``bias`` (or None) [features]."""
 
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        owner: Any = rows.owner
+        self.eps, self.zero_centered_gamma = owner.eps, owner.zero_centered_gamma
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., features] to the same, normed."""
         owner: Any = self._rows.owner
-        out: Tensor = owner.normed(input)
+        out: Tensor = self.independent()(input) if owner is None else owner.normed(input)
         return out
 
     def independent(self) -> nn.Module:
-        owner: Any = self._rows.owner
         weight, bias = self.weight, self.bias
         cls: Any = RMSNorm if bias is None else LayerNorm
-        out: nn.Module = cls(
-            weight.shape[0], eps=owner.eps, zero_centered_gamma=owner.zero_centered_gamma, device="meta"
-        )
+        out: nn.Module = cls(weight.shape[0], eps=self.eps, zero_centered_gamma=self.zero_centered_gamma, device="meta")
         out.weight = _own(weight)
         if bias is not None:
             out.bias = _own(bias)
@@ -524,25 +562,35 @@ def _own(shown: Tensor) -> nn.Parameter:
     return nn.Parameter(_plain(shown).clone(), requires_grad=shown.requires_grad)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A name at which a stand-in was put, and where now something else may stand."""
+    """A name at which a stand-in was put, and where now something else may stand: ``attribute`` of ``parent``.
 
-    stand_in: StandIn
-    parent: nn.Module
-    attribute: str
+    The parent is not kept alive. Without it nothing stands there any more.
+    """
+
+    def __init__(self, *, stand_in: StandIn, parent: nn.Module, attribute: str) -> None:
+        self.stand_in, self.attribute = stand_in, attribute
+        self._parent = Weak(parent)
+
+    def put(self) -> None:
+        """Have the stand-in stand there."""
+        parent = self._parent()
+        assert parent is not None
+        parent.add_module(self.attribute, self.stand_in)
 
     @property
     def standing(self) -> nn.Module:
         """The module that stands there now."""
-        standing = self.parent._modules.get(self.attribute, self.stand_in)
+        parent = self._parent()
+        standing = None if parent is None else parent._modules.get(self.attribute)
         return self.stand_in if standing is None else standing
 
     @property
     def is_plain(self) -> bool:
         """Whether the stand-in stands there, and nobody wants to know when it is called."""
         own = self.stand_in  # asked before each fused computation: as few steps as possible
-        if self.parent._modules.get(self.attribute, own) is not own:
+        parent = self._parent()
+        if parent is not None and parent._modules.get(self.attribute, own) is not own:
             return False
         hooks = own._forward_hooks or own._forward_pre_hooks or own._backward_hooks or own._backward_pre_hooks
         return not hooks
@@ -563,15 +611,8 @@ class Places:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         # A fused module that is copied without the modules around it has no places: they are the original's.
-        kept = [place for place in self._places if id(place.stand_in.rows.around) in memo]
-        return Places(
-            replace(
-                place,
-                stand_in=copy.deepcopy(place.stand_in, memo),
-                parent=copy.deepcopy(place.parent, memo),
-            )
-            for place in kept
-        )
+        kept = [place for place in self._places if place.stand_in.rows.is_copied_by(memo)]
+        return Places(copy.deepcopy(place, memo) for place in kept)
 
     @property
     def are_plain(self) -> bool:
@@ -601,7 +642,7 @@ class Fused(nn.Module):
 
     def add_place(self, place: Place) -> None:
         """Put ``place.stand_in``, a part of this module, at its name."""
-        place.parent.add_module(place.attribute, place.stand_in)
+        place.put()
         self._places = Places((*self._places, place))
 
     def project(self, projection: Projection, input: Tensor) -> Tensor:

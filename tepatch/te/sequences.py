@@ -7,6 +7,9 @@ The masks of ``tepatch.hf.attention`` are sequence numbers ``[b, 1, 1, keys]``: 
 row belong together; ``PADDING`` is a token that nothing belongs to, ``EMPTY`` a slot of a cache that has not been
 written. The queries are the last of the slots that have been written. Within a sequence attention is causal if the
 numbers are int32, and goes both ways if they are int64.
+
+Nothing sees padding, but padding sees the tokens before it, of the sequence that the last of them is in. That is read
+where a token follows, which is predicted there: such padding is computed. What comes out for other padding is nobody's.
 """
 
 from __future__ import annotations
@@ -57,6 +60,27 @@ class Varlen:
     """The same of the keys; the same tensor where every sequence has as many queries as keys."""
     max_queries: int
     max_keys: int
+    holes: Holes | None = None
+    """Padding that sees tokens and that a token of theirs follows."""
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether nothing but tokens has to be computed, of a batch that has padding."""
+        return self.queries is not None and self.max_queries > 0 and self.holes is None
+
+
+@dataclass(frozen=True, slots=True)
+class Holes:
+    """Queries at padding, which are in no sequence: as many for each row, and some of them to be thrown away."""
+
+    queries: Tensor
+    """Their places in their rows, int64 ``[b, n]``."""
+    visible: Tensor
+    """boolean ``[b, 1, n, keys]``, True where to attend."""
+    kept: Tensor
+    """Which of the ``b * n`` to keep, int64."""
+    rows: Tensor
+    """Which rows of ``[b * queries]`` those are, int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +106,7 @@ def layout_of(mask: Tensor | None, num_queries: int, num_keys: int, *, window: i
     ``mask`` is one of:
 
     - None: the queries are the last of the keys;
-    - int32 or int64 ``[b, 1, 1, num_keys]``: sequence numbers (see the module);
+    - int32 or int64 ``[b, 1, 1, num_keys]``: sequence numbers (see the module), any that are larger than 0;
     - boolean or integer ``[b, num_keys]``: which keys are tokens (the rest is padding), as for flash attention;
     - boolean ``[b, 1 or heads, queries, keys or 1]``: True where to attend;
     - float of that shape with nothing but zero (attend) and minus infinity or the dtype's minimum (do not).
@@ -208,14 +232,27 @@ def visible(numbers: Tensor, num_queries: int, window: int | None = None) -> Ten
     """The boolean mask ``[b, 1, num_queries, keys]`` (True where to attend) that sequence numbers stand for."""
     slots = numbers[:, 0, 0]
     written = (slots[:1] != EMPTY).sum()  # of every row the same
+    places = torch.arange(num_queries, device=slots.device) + (written - num_queries)
+    return _visible_at(places.expand(slots.shape[0], -1), numbers, window)
+
+
+def _visible_at(places: Tensor, numbers: Tensor, window: int | None = None) -> Tensor:
+    """``[b, 1, n, keys]``: what the queries at ``places`` ``[b, n]`` see."""
+    slots = numbers[:, 0, 0]
     keys = torch.arange(slots.shape[1], device=slots.device)
-    queries = torch.arange(num_queries, device=slots.device) + (written - num_queries)
-    asking = slots.index_select(1, queries.clamp(min=0))
-    distance = queries[:, None] - keys[None, :]
+    asking = _asking(slots).gather(1, places.clamp(min=0))
+    distance = places[:, :, None] - keys
     near = distance >= 0 if direction(numbers) else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         near &= distance < window
     return ((asking[:, :, None] == slots[:, None, :]) & (slots[:, None, :] > PADDING) & near)[:, None]
+
+
+def _asking(slots: Tensor) -> Tensor:
+    """``[b, keys]``: the number of the sequence that a query at each place sees; PADDING for one that sees none."""
+    places = torch.arange(slots.shape[1], device=slots.device)
+    last = torch.where(slots > PADDING, places, -1).cummax(1).values
+    return torch.where(last < 0, PADDING, slots.gather(1, last.clamp(min=0)))
 
 
 def _read(mask: Tensor, num_queries: int, num_keys: int, window: int | None) -> Layout:
@@ -236,12 +273,13 @@ def _read(mask: Tensor, num_queries: int, num_keys: int, window: int | None) -> 
 def _read_numbers(mask: Tensor, num_queries: int, window: int | None) -> Layout:
     slots = mask[:, 0, 0]
     batch, num_keys = slots.shape
+    written = _written(slots, num_queries)
     if not bool((slots == PADDING).any() | (slots > FIRST).any()):
-        return Dense(int((slots[0] != EMPTY).sum()))
-    written = int((slots[0] != EMPTY).sum())
-    # A number of its own for every sequence of the batch.
+        return Dense(written)
+    # A number of its own for every sequence of the batch. Theirs may be any: only which are equal counts.
     row = torch.arange(batch, device=slots.device)[:, None]
-    numbers = torch.where(slots > PADDING, slots + row * (num_keys + FIRST), -1)
+    ranks = torch.unique(slots, return_inverse=True)[1]
+    numbers = torch.where(slots > PADDING, ranks + row * slots.numel(), -1)
     asking = numbers[:, written - num_queries : written].flatten()
     queries = (asking >= 0).nonzero().flatten()
     asking = asking[queries]
@@ -253,6 +291,8 @@ def _read_numbers(mask: Tensor, num_queries: int, window: int | None) -> Layout:
     if window is not None and bool(((keys[1:] - keys[:-1] != 1) & (held[1:] == held[:-1])).any()):
         return Masked(visible(mask, num_queries, window))  # a window counts the padding between tokens, lengths do not
     query_lengths, key_lengths = (torch.unique_consecutive(each, return_counts=True)[1] for each in (asking, held))
+    if torch.unique(held).numel() != key_lengths.numel():
+        return Masked(visible(mask, num_queries, window))  # a sequence goes on behind another one
     cu_queries = _cumulated(query_lengths)
     is_square = query_lengths.equal(key_lengths)
     return Varlen(
@@ -262,6 +302,46 @@ def _read_numbers(mask: Tensor, num_queries: int, window: int | None) -> Layout:
         cu_keys=cu_queries if is_square else _cumulated(key_lengths),
         max_queries=int(query_lengths.max()) if query_lengths.numel() else 0,
         max_keys=int(key_lengths.max()) if key_lengths.numel() else 0,
+        holes=_holes(mask, written - num_queries, written) if direction(mask) else None,
+    )
+
+
+def _written(slots: Tensor, num_queries: int) -> int:
+    """How many of the slots ``[b, keys]`` have been written; raises if that, or a number, makes no sense."""
+    empty = slots == EMPTY
+    written = int((~empty[:1]).sum()) if slots.shape[0] else num_queries
+    behind = torch.arange(slots.shape[1], device=slots.device) >= written
+    if bool(((slots < EMPTY) | (empty != behind)).any()) or written < num_queries:
+        raise UnsupportedError(
+            Problem(
+                where="attention_mask",
+                what="these are no sequence numbers",
+                expected=f"{FIRST} or more at tokens, {PADDING} at padding, and {EMPTY} at the empty slots of a cache: "
+                f"the last ones, as many in every row, and behind all {num_queries} queries",
+                found=f"{torch.unique(slots).tolist()[:8]}, with {written} slots that are not {EMPTY} in the first row",
+                fix=f"number padding {PADDING}, and sequences from {FIRST} on",
+            )
+        )
+    return written
+
+
+def _holes(mask: Tensor, first: int, written: int) -> Holes | None:
+    """The padding from ``first`` on that tokens stand before, and the next of their sequence directly behind."""
+    slots = mask[:, 0, 0]
+    asking, following = _asking(slots)[:, first : written - 1], slots[:, first + 1 : written]
+    found = (slots[:, first : written - 1] == PADDING) & (following > PADDING) & (asking == following)
+    kept = found.nonzero()
+    if not kept.numel():
+        return None
+    # Those of a row come first; rows with fewer of them have other queries behind.
+    most = int(found.sum(1).max())
+    queries = found.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    order = found.gather(1, queries).flatten().nonzero().flatten()
+    return Holes(
+        queries=queries,
+        visible=_visible_at(queries + first, mask),
+        kept=order,
+        rows=kept[:, 0] * (written - first) + kept[:, 1],
     )
 
 

@@ -17,6 +17,7 @@ from tepatch.te.attention import attend
 from tepatch.te.devices import brought
 from tepatch.te.sequences import (
     EMPTY,
+    PADDING,
     Dense,
     Masked,
     Varlen,
@@ -32,8 +33,8 @@ from tepatch.te.sequences import (
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 
 
-def numbers(*rows: list[int]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32)[:, None, None]
+def numbers(*rows: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(rows, dtype=dtype)[:, None, None]
 
 
 def pair_by_pair(mask: Tensor, num_queries: int, window: int | None) -> Tensor:
@@ -44,15 +45,34 @@ def pair_by_pair(mask: Tensor, num_queries: int, window: int | None) -> Tensor:
         written = sum(slot != EMPTY for slot in each)
         for query in range(num_queries):
             place = written - num_queries + query
+            asking = next((number for number in reversed(each[: place + 1]) if number > PADDING), PADDING)
             for key in range(place + 1):
-                same = each[key] == each[place] > 0
+                same = each[key] == asking > PADDING
                 out[row, 0, query, key] = same and (window is None or place - key < window)
+    return out
+
+
+def read(mask: Tensor, num_queries: int) -> Tensor:
+    """[b, queries]: the queries that somebody reads, tokens and what stands before one of the sequence that it sees."""
+    slots = mask[:, 0, 0].tolist()
+    out = torch.zeros(len(slots), num_queries, dtype=torch.bool)
+    for row, each in enumerate(slots):
+        first = sum(slot != EMPTY for slot in each) - num_queries
+        for query in range(num_queries):
+            following = each[first + query + 1] if query + 1 < num_queries else PADDING
+            asking = next((number for number in reversed(each[: first + query + 1]) if number > PADDING), PADDING)
+            out[row, query] = each[first + query] > PADDING or following == asking > PADDING
     return out
 
 
 LEFT = numbers([0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1])
 RIGHT = LEFT.flip(-1)
 HOLES = numbers([0, 1, 1, 0, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 0, 1])
+UNLIKE = numbers([1, 0, 1, 0, 0, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 0, 0])
+BETWEEN = numbers([1, 1, 0, 2, 0, 2, 2, 0], [3, 0, 0, 3, 3, 0, 1, 1])
+ANOTHER = numbers([7, 7, 7, 1, 1, 1, 3, 3], [1, 1, 1, 7, 7, 7, 3, 3], [9, 9, 9, 9, 9, 9, 9, 9])
+HUGE = numbers([2**31 - 1] * 8, [2**31 - 2, 2**31 - 2, 2**31 - 1, 2**31 - 1, 2**31 - 1, 0, 2**31 - 10, 1])
+WOVEN = numbers([1, 2, 1, 2, 1, 2, 1, 2], [3, 3, 3, 0, 5, 3, 5, 5])
 PACKED = numbers([1, 1, 1, 2, 2, 2, 2, 3], [1, 2, 2, 2, 2, 2, 2, 2])
 STATIC = numbers([0, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, -1, -1, -1])
 ROOM = numbers([1, 1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 1, -1, -1, -1])
@@ -60,7 +80,9 @@ NOTHING = numbers([0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0])
 FINISHED = numbers([1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1])
 
 every_mask = pytest.mark.parametrize(
-    "mask", [LEFT, RIGHT, HOLES, PACKED, STATIC, ROOM, NOTHING, FINISHED], ids=lambda mask: str(mask[0, 0, 0].tolist())
+    "mask",
+    [LEFT, RIGHT, HOLES, UNLIKE, BETWEEN, ANOTHER, HUGE, WOVEN, PACKED, STATIC, ROOM, NOTHING, FINISHED],
+    ids=lambda mask: str(mask[0, 0, 0].tolist()),
 )
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
 
@@ -88,15 +110,16 @@ def test_attention_by_a_layout_is_attention_under_the_mask(mask: Tensor, num_que
     inputs = (query, key, value)
     exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
 
-    out = attend(core, *inputs, layout_of(mask, num_queries, num_keys, window=window), window)
+    layout = layout_of(mask, num_queries, num_keys, window=window)
+    out = attend(core, *inputs, layout, window)
     expected = attend(core, *exact, Masked(seen))
 
-    rows = seen.any(dim=-1)[:, 0, :, None]  # what comes out at padding is nobody's
+    rows = read(mask, num_queries)[:, :, None]  # what comes out at other padding is nobody's
     # Scores, softmax and values; back through weights and softmax to the queries that share a key.
     forth, back = CHANNELS + 2 * num_keys, CHANNELS + num_keys + max(num_keys, num_queries * HEADS // GROUPS)
     condition = scores(query, key, core.softmax_scale)
     assert_close(out * rows, expected * rows, terms=forth, condition=condition, name="out")
-    assert not (out * ~rows).any()
+    assert isinstance(layout, Masked) or not (out * ~rows).any()
     upstream = torch.randn_like(out) * rows
     options = {"allow_unused": True, "materialize_grads": True}
     # As one vector: that of a query which sees one key is a difference of equal numbers.
@@ -127,6 +150,66 @@ def test_attention_by_a_layout_is_attention_under_the_mask(mask: Tensor, num_que
 def test_what_fused_kernels_can_compute_is_not_left_to_a_mask(mask: Any, num_queries: int, kind: Any) -> None:
     layout = layout_of(mask, num_queries, 8)
     assert layout == kind if isinstance(kind, Dense) else isinstance(layout, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_mask_means_the_same_however_it_is_numbered(dtype: torch.dtype) -> None:
+    most = torch.iinfo(dtype).max
+    query = torch.randn(2, 8, HEADS, CHANNELS)
+    key, value = (torch.randn(2, 8, GROUPS, CHANNELS) for _ in range(2))
+    core = resolve("reference").DotProductAttention(HEADS, CHANNELS, GROUPS, qkv_format="bshd")
+    is_causal = dtype == torch.int32
+
+    def outs(*named: int) -> Tensor:
+        rows = [[named[0]] * 3 + [named[1]] * 5, [0] + [named[2]] * 4 + [0] + [named[3]] * 2]
+        mask = torch.tensor(rows, dtype=dtype)[:, None, None]
+        return attend(core, query, key, value, layout_of(mask, 8, 8), is_causal=is_causal)
+
+    expected = outs(1, 2, 1, 2)
+    for named in ((2, 1, 2, 1), (10, 1, 1, 10), (9, 18, 1, 2), (most, most - 9, most - 9, most), (most - 1, 1, 7, 5)):
+        assert torch.equal(outs(*named), expected), named
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        numbers([1, 1, 1, -2, 1, 1, 1, 1]),
+        numbers([-5] * 8),
+        numbers([1, -1, 1, 1, 1, 1, 1, 1]),
+        numbers([1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, -1]),
+        numbers([1, 1, 1, 1, 1, 1, 1, -1], [1, 1, 1, 1, 1, 1, 1, 1]),
+        numbers([1, 1, 1, -1, -1, -1, -1, -1]),
+        numbers([-(2**31)] + [1] * 7),
+        numbers([1] * 7 + [-(2**63)], dtype=torch.int64),
+    ],
+    ids=lambda mask: str(mask[:, 0, 0].tolist()),
+)
+def test_numbers_that_stand_for_nothing_are_refused(mask: Tensor) -> None:
+    with pytest.raises(UnsupportedError, match="no sequence numbers") as caught:
+        layout_of(mask, 4, 8)
+    assert "number padding 0, and sequences from 1 on" in str(caught.value)
+    fixed = torch.where(mask < PADDING, PADDING, mask)
+    assert isinstance(layout_of(fixed, 4, 8), Varlen)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_whatever_the_backend_makes_of_it() -> None:
+    """Transformer Engine's unfused softmax adds the same number to all scores of such a query: it sees everything."""
+
+    def core(query: Tensor, key: Tensor, value: Tensor, *, attention_mask: Tensor, **_: Any) -> Tensor:
+        scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).masked_fill(attention_mask, -10_000.0)
+        return (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    x = torch.randn(2, 8, HEADS, CHANNELS)
+    for mask, window in ((HOLES, 1), (HOLES, 3), (WOVEN, None)):
+        layout = layout_of(mask, 8, 8, window=window)
+        assert isinstance(layout, Masked)
+        blind = ~pair_by_pair(mask, 8, window).any(-1)[:, 0]
+        out = attend(core, x, x, x, layout, window)  # type: ignore[arg-type]
+        assert torch.equal((out == 0).all(-1), blind)
+    some = torch.ones(2, HEADS, 8, 8, dtype=torch.bool)
+    some[1, 2, 5] = False
+    out = attend(core, x, x, x, Masked(some)).view(2, 8, HEADS, CHANNELS)  # type: ignore[arg-type]
+    assert (out == 0).all(-1).nonzero().tolist() == [[1, 5, 2]]
 
 
 def test_a_window_is_left_to_lengths_only_where_no_padding_lies_between_tokens() -> None:
