@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tepatch.checkpoint import Checkpoint
+from tepatch.checkpoint.listing import MAX_NAMED
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem
 from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
@@ -215,7 +216,8 @@ def _completed(
         )
     model_class, where = type(stock.stock).__name__, checkpoint.location
     aliases = places.seen(rules, checkpoint.tensors, where).spelling.stock()
-    names = {name: aliases.get(name, name) for name in checkpoint.tensors}
+    listed = (*checkpoint.tensors, *checkpoint.others, *checkpoint.absent)
+    names = {name: aliases.get(name, name) for name in listed}
     dropped = chosen(drop, names, argument="drop", of="the checkpoint")
     made = chosen(fresh, {name: name for name in stock.tensors}, argument="fresh", of=model_class)
     kept = [name for name in checkpoint.tensors if name not in dropped]
@@ -289,18 +291,54 @@ class _Planner:
 
     def _plan(self, rules: Rules) -> Plan:
         seen = self._seen(rules)
-        return make_plan(
-            seen.rules,
-            config=self.fields,
-            sources=self.checkpoint.tensors,
-            targets=self.places.targets,
-            ties=self.places.ties,
-            spelling=seen.rest,
-            dropped=self.dropped,
-            patch=self.patch.name,
-            location=self.checkpoint.location,
-            notes=self._notes(),
-        )
+        wanted, unwanted = self._no_tensors(seen.rules)
+        try:
+            plan = make_plan(
+                seen.rules,
+                config=self.fields,
+                sources=self.checkpoint.tensors,
+                targets=self.places.targets,
+                ties=self.places.ties,
+                spelling=seen.rest,
+                dropped=self.dropped,
+                patch=self.patch.name,
+                location=self.checkpoint.location,
+                notes=(*self._notes(), *unwanted),
+            )
+        except PlanError as error:
+            raise PlanError([*error.problems, *wanted, *self._lost(seen.rules)], heading=error.heading) from None
+        if wanted:
+            raise PlanError(wanted, heading=f"{seen.rules.name} does not fit {self.checkpoint.location}")
+        return plan
+
+    def _no_tensors(self, rules: Rules) -> tuple[list[Problem], list[str]]:
+        """Of the checkpoint's entries that are no tensors: those that nothing leaves out, and notes on the others."""
+        problems, left = [], []
+        for name, kind in self.checkpoint.others.items():
+            if name in self.dropped or any(each.source.pattern.match(name) for each in rules.ignored):
+                left.append(name)
+                continue
+            problems.append(
+                Problem(
+                    where=f"{self.checkpoint.location}: {name}",
+                    what="this entry is no tensor" + (f", but bytes in a {kind}" if kind == "BytesIO" else ""),
+                    found=kind,
+                    fix=f"leave it out: drop=['{name}'], or list it under 'ignore' with the reason",
+                )
+            )
+        if len(problems) > MAX_NAMED:
+            more = f"{len(problems) - MAX_NAMED:,} more entries are no tensors"
+            problems = [*problems[:MAX_NAMED], Problem(where=self.checkpoint.location, what=more)]
+        notes = [f"{len(left)} entries are no tensors, and are left out: {', '.join(fold(left, 3))}"] if left else []
+        return problems, notes
+
+    def _lost(self, rules: Rules) -> list[Problem]:
+        """What the index names, no file holds, and rules are for."""
+        patterns = [name.pattern for name in source_names(rules)] if self.checkpoint.absent else []
+        lost = [name for name in self.checkpoint.absent if any(pattern.match(name) for pattern in patterns)]
+        what, fix = "the index names tensors that no file holds", "download or copy the checkpoint again"
+        where = self.checkpoint.location
+        return [Problem(where=where, what=what, details=tuple(fold(lost, 12)), fix=fix)] if lost else []
 
     def _export(self, like: Mapping[str, TensorSpec], rules: Rules | None = None) -> Plan:
         seen = self.places.seen(rules or self.rules, like, self.checkpoint.location)
@@ -318,7 +356,10 @@ class _Planner:
 
     def _notes(self) -> tuple[str, ...]:
         unread = (f"{name} is also in the folder and was not read" for name in self.checkpoint.also_present)
-        return (*self.choices, *unread)
+        absent = self.checkpoint.absent
+        names = ", ".join(fold(absent, 3))
+        gone = (f"the index names {len(absent)} tensors that no file holds: {names}",) if absent else ()
+        return (*self.choices, *unread, *gone)
 
     def _layout_rules(self, layout: str) -> Rules:
         return read_mapping(self.patch.mapping_path(layout))
