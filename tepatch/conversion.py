@@ -27,7 +27,7 @@ from tepatch.checkpoint.listing import parse_json
 from tepatch.checkpoint.manifest import MANIFEST, STEM, Manifest, Original, printable
 from tepatch.checkpoint.staging import Staging
 from tepatch.digests import Promised, held, promised
-from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.hf.config import AutoClass
 from tepatch.job import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
 from tepatch.mapping import Plan
@@ -75,7 +75,7 @@ class Converted:
         inexact = self.plan.inexact()
         if inexact:
             lines.append(f"  {len(inexact)} tensors do not come back bit for bit: see tepatch plan")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return visible("\n".join([*lines, *(f"  note: {note}" for note in self.notes)]))
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON-ready data, without the plan."""

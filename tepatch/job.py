@@ -25,13 +25,13 @@ from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.listing import MAX_NAMED
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem
-from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
+from tepatch.hf.config import AutoClass, ConfigFields, blamed, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
 from tepatch.hf.model import build_on_meta, target_specs
 from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
-from tepatch.mapping.accounting import requirement_problems
+from tepatch.mapping.accounting import count_problems, requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
 from tepatch.mapping.names import fold
 from tepatch.mapping.native import make_native_plan
@@ -104,13 +104,21 @@ def settle(
     rules = read_mapping(path, name=None if mapping is None else str(mapping))
     is_wrapped = serves_inside(patch, config)
     fields = ConfigFields(text_config(config) if is_wrapped else config)
-    if problems := requirement_problems(rules, fields):
+    problems = requirement_problems(rules, fields)
+    if checkpoint is not None and not fresh and not problems:
+        problems = count_problems(
+            rules, fields, len(checkpoint.tensors), is_native=checkpoint.manifest is not None, where=checkpoint.location
+        )
+        if problems:
+            raise PlanError(problems, heading=f"{rules.name} does not fit {checkpoint.location}")
+    if problems:
         where = checkpoint.location if checkpoint else "config"
         raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
     # Parameters are of the class that they were converted for, whatever a config says or does not say.
     manifest = None if checkpoint is None else checkpoint.manifest
     stated = "" if manifest is None else manifest.model_class
-    cls = model_class(config, auto_class, stated=stated)
+    with blamed("config.json", "no class of a model can be found by this config"):
+        cls = model_class(config, auto_class, stated=stated)
     with use_backend(backend) as modules:
         started = time.perf_counter()
         if checkpoint is None:
@@ -433,7 +441,7 @@ def given_config(config: Any, checkpoint: Checkpoint | None) -> PreTrainedConfig
     from transformers import PreTrainedConfig
 
     if config is None and checkpoint is not None:
-        return read_config(checkpoint.config_folder)
+        return read_config(checkpoint.config_folder, checkpoint.tensors)
     if not isinstance(config, PreTrainedConfig):
         raise PlanError(
             Problem(

@@ -30,7 +30,7 @@ from tepatch.checkpoint.manifest import MANIFEST, printable
 from tepatch.checkpoint.pickled import load_pickled
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
 from tepatch.digests import promised
-from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.job import find_patch, given_config, settle
 from tepatch.mapping.names import fold
 from tepatch.tensors import Tensors, tensor_digest
@@ -69,7 +69,7 @@ class CheckResult:
             f"{verdict}: {self.folder}, {self.files:,} files, {self.tensors:,} tensors, {self.bytes:,} bytes, "
             f"certified {self.created or 'never'}"
         ]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return visible("\n".join([*lines, *(f"  note: {note}" for note in self.notes)]))
 
 
 def check_certificate(
