@@ -72,7 +72,12 @@ def _forms(data: dict[str, Any], where: str) -> Iterator[Problem]:
     """Fields of a form that transformers takes for granted."""
 
     def wrong(field: str, expected: str) -> Problem:
-        return Problem(where=f"{where}: {field}", what="is not what a config has here", expected=expected, found=_shown(data[field]))
+        return Problem(
+            where=f"{where}: {field}",
+            what="is not what a config has here",
+            expected=expected,
+            found=_shown(data[field]),
+        )
 
     for field in ("model_type", "transformers_version"):
         if not isinstance(data.get(field), str | None):

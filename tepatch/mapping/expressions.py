@@ -20,7 +20,7 @@ Value = Any
 
 MAX_LENGTH = 400
 MAX_INTEGER = 1 << 62
-MAX_RANGE = 1 << 17
+MAX_RANGE = 1 << 20
 
 _BINARY: dict[type[ast.operator], Callable[[Value, Value], Value]] = {
     ast.Add: operator.add,

@@ -14,7 +14,7 @@ from tepatch.mapping.rules import Located, Mapping
 Env = dict[str, int]
 """Values of captures."""
 
-MAX_DOMAIN = 1 << 17
+MAX_DOMAIN = 1 << 20
 """Values that a capture may have."""
 
 
