@@ -13,6 +13,8 @@ OLDEST_PEFT ?= 0.21.0
 OLDEST_ACCELERATE ?= 1.12.0
 # Passed on to pytest: make test ARGS="-k mapping", make test ARGS="-n 0"
 ARGS ?=
+# Of make fuzz
+MINUTES ?= 2
 
 VENV := .venv
 OLDEST_VENV := .venv-5.17
@@ -35,7 +37,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-all test-oldest test-matrix test-next lint fix clean
+.PHONY: help demo test pytest test-all test-oldest test-matrix test-next fuzz lint fix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -59,6 +61,9 @@ test-matrix: $(STAMP) $(OLDEST_STAMP)  ## run the conformance kit and tests of l
 
 test-next: $(STAMP)  ## run a case of each family with newer versions than the pinned ones, if the index has any
 	@$(VENV)/bin/python scripts/matrix.py next $(PINS)
+
+fuzz: $(STAMP)  ## change checkpoints at random for MINUTES (2), and see that only our errors come of it
+	@$(VENV)/bin/python scripts/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	@$(VENV)/bin/ruff check --quiet .

@@ -7,7 +7,7 @@ conversion, and its memory is one tensor for each thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from math import prod
 
 import torch
@@ -18,6 +18,7 @@ from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.writing import tensor_bytes
 from tepatch.errors import CheckpointError, LoadError, Problem, SaveError
 from tepatch.mapping.bind import IDENTITY
+from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Plan, Step
 
 Read = Callable[[str], torch.Tensor]
@@ -144,6 +145,19 @@ def differing_copy(plan: Plan, name: str) -> CheckpointError:
             where=plan.location,
             what=f"{name} differs from {plan.sources[name].note}, and the config says that they are one parameter",
             fix="set tie_word_embeddings=False in config.json if both are meant to be kept",
+        )
+    )
+
+
+def damaged(location: str, names: Collection[str]) -> CheckpointError:
+    """The error for tensors of the original that a converted checkpoint no longer holds, by the digests of them."""
+    return CheckpointError(
+        Problem(
+            where=location,
+            what=f"{len(names)} of the original's tensors are not what they were when this checkpoint was converted",
+            details=tuple(fold(names, 12)),
+            expected="the digests in its manifest",
+            fix="copy the converted checkpoint again from where it is whole, or convert the original again",
         )
     )
 

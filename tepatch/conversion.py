@@ -26,7 +26,8 @@ from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.listing import parse_json
 from tepatch.checkpoint.manifest import MANIFEST, STEM, Manifest, Original, printable
 from tepatch.checkpoint.staging import Staging
-from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.digests import Promised, held, promised
+from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.hf.config import AutoClass
 from tepatch.job import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
 from tepatch.mapping import Plan
@@ -74,7 +75,7 @@ class Converted:
         inexact = self.plan.inexact()
         if inexact:
             lines.append(f"  {len(inexact)} tensors do not come back bit for bit: see tepatch plan")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return visible("\n".join([*lines, *(f"  note: {note}" for note in self.notes)]))
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON-ready data, without the plan."""
@@ -123,7 +124,8 @@ def convert(
     ``destination`` must not exist, unless ``overwrite`` replaces it as a whole, and appears when it is complete. A
     run that was killed goes on where it was when it is started again with the same arguments. Memory: one tensor for
     each of the ``workers``. Raises ``PlanError`` and ``CheckpointError`` before anything is written,
-    ``CheckpointError`` also when the source changes meanwhile, and ``SaveError`` for what can not be written.
+    ``CheckpointError`` also when the source changes meanwhile, or what is converted back is not what the digests in its
+    manifest say (nothing appears then), and ``SaveError`` for what can not be written.
     """
     started = time.perf_counter()
     if not isinstance(workers, int) or workers < 1:
@@ -147,6 +149,7 @@ def convert(
     ) as job:
         layout = _wanted(to, job)
         plan = _plan(job, layout, dtype)
+        promise = promised(job)
     written_dtype = job.dtype if layout == NATIVE else _only_dtype(plan)
     other_class = "" if auto_class is None else type(job.model).__name__
     files, left = _companions(checkpoint, written_dtype, given, other_class)
@@ -172,6 +175,10 @@ def convert(
         read = Parameters(job.reading, tensors.read) if is_in_two_steps else tensors.read
         check_constants(plan, read)
         check_copies(job.reading, tensors.read)
+        expected = _expected(promise, plan)
+        if promise is not None:  # what is written in another dtype has no digest, and what it is made of has
+            others = [name for name in promise.digests if name not in expected]
+            promise.refuse(promise.differing(others, tensors.read, workers=workers))
         digests: dict[str, str] = {}
         written = outline.write_weights(
             new,
@@ -180,6 +187,7 @@ def convert(
             workers=workers,
             progress=progress,
             digests=digests if layout == NATIVE else None,
+            expected=expected,
         )
         if layout == NATIVE:
             # What an earlier run has written, or was put together, has not passed by.
@@ -198,8 +206,15 @@ def convert(
         files=outline.need,
         bytes_written=written,
         seconds={"plan": planned - started, "write": time.perf_counter() - planned},
-        notes=(*job.reading.notes, *left, *new.notes),
+        notes=(*job.reading.notes, *left, *(promise.notes if promise is not None else ()), *new.notes),
     )
+
+
+def _expected(promise: Promised | None, plan: Plan) -> dict[str, str]:
+    """The digest of each tensor that is to be written as the original had it."""
+    if promise is None:
+        return {}
+    return {n: d for n, d in promise.digests.items() if plan.writes[n].dtype == promise.plan.writes[n].dtype}
 
 
 NO_DIGEST = "0" * 32
@@ -248,11 +263,8 @@ def _wanted(to: str | None, job: Job) -> str:
 def _plan(job: Job, layout: str, dtype: torch.dtype | str) -> Plan:
     if layout == NATIVE:
         return job.reading
-    plan = job.relation
-    if job.layout == NATIVE:  # read in the dtypes that its files have, whatever the manifest says
-        held = job.checkpoint.tensors
-        entries = {n: replace(e, dtype=held[n].dtype) if n in held else e for n, e in plan.targets.items()}
-        plan = replace(plan, targets=entries)
+    # Read in the dtypes that its files have, whatever the manifest says.
+    plan = held(job) if job.layout == NATIVE else job.relation
     if not _is_auto(dtype):
         code = dtype_code(parameter_dtype(dtype, job.model.config)) or ""
         sources = {n: replace(e, dtype=code) if is_convertible(e.dtype, code) else e for n, e in plan.sources.items()}

@@ -22,6 +22,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MAX_LINE = 2000
+"""Characters of a line of a message: what is longer is a file's, and is cut."""
+
+
+def visible(text: str) -> str:
+    """``text`` as a terminal may be given it, whoever wrote it: what can not be printed is escaped, but for line ends.
+
+    >>> print(visible("\\x1b[2J"))
+    \\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
@@ -49,7 +63,7 @@ class Problem:
         lines += [f"  expected: {self.expected}"] if self.expected else []
         lines += [f"  found:    {self.found}"] if self.found else []
         lines += [f"  fix: {self.fix}"] if self.fix else []
-        return "\n".join(lines)
+        return visible("\n".join(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in lines))
 
 
 def first_line(error: BaseException) -> str:
@@ -72,7 +86,7 @@ class TepatchError(Exception):
     def __str__(self) -> str:
         body = "\n".join(str(problem) for problem in self.problems)
         if self.heading:
-            return f"{self.heading}\n{body}"
+            return f"{visible(self.heading)}\n{body}"
         if len(self.problems) > 1:
             return f"{len(self.problems)} problems\n{body}"
         return body

@@ -17,7 +17,7 @@ from tepatch.assembly import check_constants
 from tepatch.checkpoint import dtype_code, torch_dtype
 from tepatch.checkpoint.resolve import is_tokenizer
 from tepatch.checkpoint.staging import Staging
-from tepatch.errors import Problem, SaveError
+from tepatch.errors import Problem, SaveError, visible
 from tepatch.hf.config import told
 from tepatch.hf.exporting import check_present, export_plan, report_of
 from tepatch.hf.languages import readable
@@ -49,7 +49,7 @@ class Saved:
         tensors, total = len(self.plan.writes), sum(self.files.values())
         rate = total / 1e9 / max(self.seconds, 1e-9)
         lines = [f"saved {tensors} tensors to {self.folder}: {total:,} bytes in {self.seconds:.2f} s ({rate:.2f} GB/s)"]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return visible("\n".join([*lines, *(f"  note: {note}" for note in self.notes)]))
 
 
 def save(

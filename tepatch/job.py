@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tepatch.checkpoint import Checkpoint
+from tepatch.checkpoint.listing import MAX_NAMED
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem
-from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
+from tepatch.hf.config import AutoClass, ConfigFields, blamed, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
 from tepatch.hf.model import build_on_meta, keep_in_float32, target_specs
 from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
-from tepatch.mapping.accounting import requirement_problems
+from tepatch.mapping.accounting import count_problems, requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
 from tepatch.mapping.names import fold
 from tepatch.mapping.native import make_native_plan
@@ -104,13 +105,21 @@ def settle(
     rules = read_mapping(path, name=None if mapping is None else str(mapping))
     is_wrapped = serves_inside(patch, config)
     fields = ConfigFields(text_config(config) if is_wrapped else config)
-    if problems := requirement_problems(rules, fields):
+    problems = requirement_problems(rules, fields)
+    if checkpoint is not None and not fresh and not problems:
+        problems = count_problems(
+            rules, fields, len(checkpoint.tensors), is_native=checkpoint.manifest is not None, where=checkpoint.location
+        )
+        if problems:
+            raise PlanError(problems, heading=f"{rules.name} does not fit {checkpoint.location}")
+    if problems:
         where = checkpoint.location if checkpoint else "config"
         raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
     # Parameters are of the class that they were converted for, whatever a config says or does not say.
     manifest = None if checkpoint is None else checkpoint.manifest
     stated = "" if manifest is None else manifest.model_class
-    cls = model_class(config, auto_class, stated=stated)
+    with blamed("config.json", "no class of a model can be found by this config"):
+        cls = model_class(config, auto_class, stated=stated)
     with use_backend(backend) as modules:
         started = time.perf_counter()
         if checkpoint is None:
@@ -223,7 +232,8 @@ def _completed(
         )
     model_class, where = type(stock.stock).__name__, checkpoint.location
     aliases = places.seen(rules, checkpoint.tensors, where).spelling.stock()
-    names = {name: aliases.get(name, name) for name in checkpoint.tensors}
+    listed = (*checkpoint.tensors, *checkpoint.others, *checkpoint.absent)
+    names = {name: aliases.get(name, name) for name in listed}
     dropped = chosen(drop, names, argument="drop", of="the checkpoint")
     made = chosen(fresh, {name: name for name in stock.tensors}, argument="fresh", of=model_class)
     kept = [name for name in checkpoint.tensors if name not in dropped]
@@ -297,18 +307,54 @@ class _Planner:
 
     def _plan(self, rules: Rules) -> Plan:
         seen = self._seen(rules)
-        return make_plan(
-            seen.rules,
-            config=self.fields,
-            sources=self.checkpoint.tensors,
-            targets=self.places.targets,
-            ties=self.places.ties,
-            spelling=seen.rest,
-            dropped=self.dropped,
-            patch=self.patch.name,
-            location=self.checkpoint.location,
-            notes=self._notes(),
-        )
+        wanted, unwanted = self._no_tensors(seen.rules)
+        try:
+            plan = make_plan(
+                seen.rules,
+                config=self.fields,
+                sources=self.checkpoint.tensors,
+                targets=self.places.targets,
+                ties=self.places.ties,
+                spelling=seen.rest,
+                dropped=self.dropped,
+                patch=self.patch.name,
+                location=self.checkpoint.location,
+                notes=(*self._notes(), *unwanted),
+            )
+        except PlanError as error:
+            raise PlanError([*error.problems, *wanted, *self._lost(seen.rules)], heading=error.heading) from None
+        if wanted:
+            raise PlanError(wanted, heading=f"{seen.rules.name} does not fit {self.checkpoint.location}")
+        return plan
+
+    def _no_tensors(self, rules: Rules) -> tuple[list[Problem], list[str]]:
+        """Of the checkpoint's entries that are no tensors: those that nothing leaves out, and notes on the others."""
+        problems, left = [], []
+        for name, kind in self.checkpoint.others.items():
+            if name in self.dropped or any(each.source.pattern.match(name) for each in rules.ignored):
+                left.append(name)
+                continue
+            problems.append(
+                Problem(
+                    where=f"{self.checkpoint.location}: {name}",
+                    what="this entry is no tensor" + (f", but bytes in a {kind}" if kind == "BytesIO" else ""),
+                    found=kind,
+                    fix=f"leave it out: drop=['{name}'], or list it under 'ignore' with the reason",
+                )
+            )
+        if len(problems) > MAX_NAMED:
+            more = f"{len(problems) - MAX_NAMED:,} more entries are no tensors"
+            problems = [*problems[:MAX_NAMED], Problem(where=self.checkpoint.location, what=more)]
+        notes = [f"{len(left)} entries are no tensors, and are left out: {', '.join(fold(left, 3))}"] if left else []
+        return problems, notes
+
+    def _lost(self, rules: Rules) -> list[Problem]:
+        """What the index names, no file holds, and rules are for."""
+        patterns = [name.pattern for name in source_names(rules)] if self.checkpoint.absent else []
+        lost = [name for name in self.checkpoint.absent if any(pattern.match(name) for pattern in patterns)]
+        what, fix = "the index names tensors that no file holds", "download or copy the checkpoint again"
+        where = self.checkpoint.location
+        return [Problem(where=where, what=what, details=tuple(fold(lost, 12)), fix=fix)] if lost else []
 
     def _export(self, like: Mapping[str, TensorSpec], rules: Rules | None = None) -> Plan:
         seen = self.places.seen(rules or self.rules, like, self.checkpoint.location)
@@ -326,7 +372,10 @@ class _Planner:
 
     def _notes(self) -> tuple[str, ...]:
         unread = (f"{name} is also in the folder and was not read" for name in self.checkpoint.also_present)
-        return (*self.choices, *unread)
+        absent = self.checkpoint.absent
+        names = ", ".join(fold(absent, 3))
+        gone = (f"the index names {len(absent)} tensors that no file holds: {names}",) if absent else ()
+        return (*self.choices, *unread, *gone)
 
     def _layout_rules(self, layout: str) -> Rules:
         return read_mapping(self.patch.mapping_path(layout))
@@ -400,7 +449,7 @@ def given_config(config: Any, checkpoint: Checkpoint | None) -> PreTrainedConfig
     from transformers import PreTrainedConfig
 
     if config is None and checkpoint is not None:
-        return read_config(checkpoint.config_folder)
+        return read_config(checkpoint.config_folder, checkpoint.tensors)
     if not isinstance(config, PreTrainedConfig):
         raise PlanError(
             Problem(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tepatch.checkpoint import open_checkpoint, torch_dtype
+from tepatch.checkpoint.folder import FolderCheckpoint
+from tepatch.digests import promised
 from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import AutoClass, unknown_architectures
@@ -37,12 +39,15 @@ from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
 from tepatch.te.precision import read_precision
 from tepatch.te.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
+from tepatch.tensors import Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Weights = Literal["plain", "quantized"]
 """How the layers hold their weights: in the parameters' dtype, or quantized only."""
+CHECKED_AT_ONCE = 2
+"""Threads that compare digests, each with a tensor in memory and what it is made of."""
 
 
 def load(
@@ -69,6 +74,7 @@ def load(
     use_safetensors: bool | None = None,
     parallelize: Parallelize | None = None,
     reading: Reading | None = None,
+    check_digests: bool = False,
     prove: bool | None = None,
     progress: bool | None = None,
     plugins: PluginHost | None = None,
@@ -94,10 +100,11 @@ def load(
     over several processes: it is called with the model on the meta device, before a weight is read, and of the
     parameters that it makes DTensors (``fully_shard``, ``parallelize_module``) each process reads its own slices.
     ``reading`` says how files are read (``tepatch.Reading``: threads, sizes, or a library that does it); None chooses
-    for this machine. Where the plugin does not say that the patch was proven with the versions of transformers, torch,
-    Transformer Engine, PEFT and accelerate that are installed, a small model of this config is compared with
-    transformers' own first, once (some seconds); with ``prove`` False, or ``TEPATCH_PROVE=0`` in the environment, it is
-    not, and the report says so.
+    for this machine. ``check_digests`` holds a converted checkpoint against the digests of its original first: one more
+    pass over its bytes, on the CPU. Where the plugin does not say that the patch was proven with the versions of
+    transformers, torch, Transformer Engine, PEFT and accelerate that are installed, a small model of this config is
+    compared with transformers' own first, once (some seconds); with ``prove`` False, or ``TEPATCH_PROVE=0`` in the
+    environment, it is not, and the report says so.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
     ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError``, ``PlanError`` or
@@ -132,7 +139,8 @@ def load(
         fresh=fresh,
         drop=drop,
     ) as job:
-        proof = _proof(job, config, prove)
+        told = _checked(job, checkpoint) if check_digests else ()
+        proof = (*told, *_proof(job, config, prove))
         set_generation_config(job.model, checkpoint.config_folder)
         text = "" if precision is None else apply_precision(job.model, request)
         quantized = _quantized_weights(job, weights, keep_initial=keep_initial)
@@ -243,6 +251,22 @@ def _proof(job: Job, config: PreTrainedConfig, prove: bool | None) -> tuple[str,
             Problem(where="prove", what="is a yes or a no", expected="True, False or None", found=repr(prove))
         )
     return ensure_proven(job.patch, config, type(job.model), is_wrapped=job.is_wrapped, prove=prove)
+
+
+def _checked(job: Job, checkpoint: FolderCheckpoint) -> tuple[str, ...]:
+    """Hold what a converted checkpoint gives back against its original's digests; what there is to say about it."""
+    if (promise := promised(job)) is None:
+        raise PlanError(
+            Problem(
+                where="check_digests",
+                what="there are digests in the manifest of a converted checkpoint only",
+                found=f"{checkpoint.location} has none",
+                fix="leave check_digests out; tepatch certify compares other checkpoints",
+            )
+        )
+    with Tensors(checkpoint) as tensors:
+        promise.refuse(promise.differing(list(promise.digests), tensors.read, workers=CHECKED_AT_ONCE))
+    return promise.notes
 
 
 def _placement(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from tepatch.errors import visible
 from tepatch.mapping.plan import Plan
 from tepatch.mapping.rules import Mapping as Rules
 
@@ -95,7 +96,7 @@ class Report:
         if self.layout != "hf":
             lines.append(f"  read from a checkpoint in the layout '{self.layout}'; saved in the original's:")
         lines += [f"  note: {note}" for note in (self.backend_note, *self.notes) if note]
-        return "\n".join([*lines, *(f"  {line}" for line in str(self.plan).splitlines())])
+        return visible("\n".join([*lines, *(f"  {line}" for line in str(self.plan).splitlines())]))
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data (the plan included)."""

@@ -14,8 +14,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-from tepatch.assembly import Digests, Pieces, Read, WriteAt, is_out_of_memory, write_tensor
+import xxhash
+
+from tepatch.assembly import Digests, Pieces, Read, WriteAt, damaged, is_out_of_memory, write_tensor
 from tepatch.checkpoint import TensorInfo
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.resolve import is_companion
@@ -65,11 +68,13 @@ class Outline:
         workers: int = 1,
         progress: bool | None = None,
         digests: Digests | None = None,
+        expected: Mapping[str, str] = MappingProxyType({}),
     ) -> int:
         """Write the shards that ``staging`` does not have yet, and return their bytes.
 
         ``workers`` threads read and write tensors; while one file is brought to the disk they are busy with the next.
-        ``digests`` gets those of tensors that were read.
+        ``digests`` gets those of tensors that were read. ``expected`` has those that written tensors must have: raises
+        ``CheckpointError`` for a file with one that has not, which is then not complete.
         """
         todo = [shard for shard in self.shards if not staging.is_done(shard.file)]
         stop = threading.Event()
@@ -79,9 +84,12 @@ class Outline:
             ThreadPoolExecutor(SHARDS_AT_ONCE) as files,
         ):
 
-            def write_tensor_of(info: TensorInfo, write: WriteAt) -> None:
+            def write_tensor_of(info: TensorInfo, write: WriteAt, differing: list[str]) -> None:
                 if stop.is_set():
                     raise _Stopped  # and not return: the file would be taken for complete
+                digest = xxhash.xxh3_128() if info.name in expected else None
+                if digest is not None:
+                    write = _digesting(write, digest)
                 try:
                     write_tensor(self.plan, info.name, read, write, info.offset, pieces=pieces, digests=digests)
                 except (MemoryError, RuntimeError) as error:
@@ -96,6 +104,8 @@ class Outline:
                             fix="use fewer workers, or a machine with more memory",
                         )
                     ) from error
+                if digest is not None and digest.hexdigest() != expected[info.name]:
+                    differing.append(info.name)
                 bar.advance(info.nbytes)
 
             def write_shard(shard: Shard) -> None:
@@ -108,7 +118,11 @@ class Outline:
                     write = partial(write_at, file)
                     # The largest first: no worker is left alone with it at the end.
                     tensors = sorted(shard.tensors, key=lambda info: -info.nbytes)
-                    _finish([pool.submit(write_tensor_of, info, write) for info in tensors], stop)
+                    differing: list[str] = []
+                    _finish([pool.submit(write_tensor_of, info, write, differing) for info in tensors], stop)
+                    if differing:
+                        names = [info.name for info in shard.tensors if info.name in differing]
+                        raise damaged(self.plan.location, names)
 
             _finish([files.submit(write_shard, shard) for shard in todo], stop)
         return sum(shard.nbytes for shard in todo)
@@ -118,6 +132,16 @@ class Outline:
         for name, data in self.files.items():
             if not staging.is_done(name):
                 staging.write(name, data)
+
+
+def _digesting(write: WriteAt, digest: xxhash.xxh3_128) -> WriteAt:
+    """``write``, with what is written also going into ``digest``: a tensor is written from its beginning to its end."""
+
+    def write_and_digest(data: memoryview, position: int) -> None:
+        digest.update(data)
+        write(data, position)
+
+    return write_and_digest
 
 
 class _Stopped(Exception):

@@ -33,7 +33,7 @@ def test_importing_tepatch_takes_a_moment() -> None:
 ORDER = [
     *("errors", "borrowed", "contract", "progress", "mapping", "te", "report", "patch", "hookspecs", "plugins"),
     *("replace", "checkpoint", "assembly", "tensors", "storing", "streaming", "execute", "hf", "job"),
-    *("proven", "testing", "proof", "loading", "export", "conversion", "verify", "certification", "cli"),
+    *("digests", "proven", "testing", "proof", "loading", "export", "conversion", "verify", "certification", "cli"),
 ]
 """Imports go one way: a room may import those before it."""
 ENTRANCES = {"__init__", "__main__"}

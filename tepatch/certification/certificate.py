@@ -21,7 +21,7 @@ from typing import Any, Literal
 from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.journal import sync_folder
 from tepatch.checkpoint.listing import parse_json
-from tepatch.errors import CheckpointError, Problem, SaveError
+from tepatch.errors import CheckpointError, Problem, SaveError, visible
 
 FORMAT = "tepatch-certificate-1"
 CERTIFICATE = "tepatch-certificate.json"
@@ -158,7 +158,7 @@ class Certificate:
             lines.append(f"  {self.constants:,} parameters with constant parts")
         if self.parity is not None:
             lines.append(f"  parity, {self.parity['compared']}: {self.parity['verdict']}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return visible("\n".join([*lines, *(f"  note: {note}" for note in self.notes)]))
 
     def _worst(self, outcome: str) -> str:
         found = [t for t in self.tensors if t.outcome == outcome and t.deviation is not None and t.bound]

@@ -20,6 +20,7 @@ from tepatch.checkpoint.listing import counted, shortened
 from tepatch.checkpoint.manifest import Manifest, read_manifest
 from tepatch.checkpoint.pickled import read_pickled_header
 from tepatch.checkpoint.reading import FileStamp, open_shard
+from tepatch.checkpoint.recognise import unfinished
 from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
 from tepatch.errors import CheckpointError, Problem
@@ -46,7 +47,7 @@ def open_checkpoint(
     search to one kind of file.
 
     Raises ``CheckpointError``, with every problem that headers and index show: missing, truncated or
-    malformed files, a tensor in two files or not where the index places it, file names or links that lead
+    malformed files, a tensor in two files or in another than the index says, file names or links that lead
     out of the folder, and pickled objects in a ``.bin`` file.
     """
     folder, entry = resolve(
@@ -60,20 +61,24 @@ def open_checkpoint(
 
     problems: list[Problem] = []
     headers: dict[str, list[TensorInfo]] = {}
+    others: dict[str, str] = {}
     stamps: dict[str, FileStamp] = {}
     for file in files:
         try:
             stamps[file] = _stamp(folder, file, num_expected=len(expected[file]))
-            headers[file] = _read_header(stamps[file], file=file)
+            headers[file], no_tensors = _read_header(stamps[file], file=file)
+            others |= no_tensors
         except CheckpointError as error:
             problems += error.problems
     tensors = _merge(headers, folder=folder, problems=problems)
-    problems += _broken_promises(expected, headers, tensors, folder=folder, index=entry)
+    problems += _misplaced(expected, headers, tensors, folder=folder, index=entry)
     if problems:
         raise CheckpointError(problems)
     return FolderCheckpoint(
         location=str(folder),
         tensors=MappingProxyType(tensors),
+        others=MappingProxyType({name: kind for name, kind in others.items() if name not in tensors}),
+        absent=tuple(name for name in weight_map or () if name not in tensors and name not in others),
         files=files,
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
         config_folder=folder,
@@ -88,6 +93,8 @@ class FolderCheckpoint:
 
     location: str
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    others: Mapping[str, str] = field(repr=False)
+    absent: tuple[str, ...] = field(repr=False)
     files: tuple[str, ...]
     also_present: tuple[str, ...]
     config_folder: Path
@@ -118,16 +125,21 @@ def _stamp(folder: Path, file: str, *, num_expected: int) -> FileStamp:
     if not os.path.isfile(path):
         missing = "is not a file" if os.path.exists(path) else "is missing"
         held = f"; the index places {counted(num_expected)} in it" if num_expected else ""
-        raise CheckpointError(Problem(where=where, what=f"{missing}{held}", fix=_DOWNLOAD_AGAIN))
+        partial = unfinished(folder, [file])
+        details = tuple(f"{name} is there: its download has not ended" for name in partial)
+        fix = f"let the download end, or start it again; else {_DOWNLOAD_AGAIN}" if partial else _DOWNLOAD_AGAIN
+        raise CheckpointError(Problem(where=where, what=f"{missing}{held}", details=details, fix=fix))
     try:
         return FileStamp.of(path, where=where)
     except OSError as error:
         raise CheckpointError(Problem(where=where, what="cannot be read", found=str(error))) from error
 
 
-def _read_header(stamp: FileStamp, *, file: str) -> list[TensorInfo]:
-    read = read_pickled_header if file.endswith(".bin") else read_safetensors_header
-    return read(stamp.path, file=file, where=stamp.where)
+def _read_header(stamp: FileStamp, *, file: str) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors of a file, and its entries that are none."""
+    if file.endswith(".bin"):
+        return read_pickled_header(stamp.path, file=file, where=stamp.where)
+    return read_safetensors_header(stamp.path, file=file, where=stamp.where), {}
 
 
 def _merge(headers: Mapping[str, list[TensorInfo]], *, folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:
@@ -151,7 +163,7 @@ def _merge(headers: Mapping[str, list[TensorInfo]], *, folder: Path, problems: l
     return tensors
 
 
-def _broken_promises(
+def _misplaced(
     expected: Mapping[str, list[str]],
     headers: Mapping[str, list[TensorInfo]],
     tensors: Mapping[str, TensorInfo],
@@ -159,18 +171,21 @@ def _broken_promises(
     folder: Path,
     index: str,
 ) -> list[Problem]:
-    """What the index places in a file that does not hold it; files which could not be read are left out."""
+    """What the index places in a file that does not hold it, but another does.
+
+    What no file holds is left to the plan, which knows whether anything needs it: indexes of published checkpoints name
+    tensors that were taken out.
+    """
     problems: list[Problem] = []
     for file, infos in headers.items():
         held = {info.name for info in infos}
-        lacking = [name for name in expected[file] if name not in held]
+        lacking = [name for name in expected[file] if name not in held and name in tensors]
         if lacking:
-            lines = [f"{name} (it is in {tensors[name].file})" if name in tensors else name for name in lacking]
             problems.append(
                 Problem(
                     where=str(folder / file),
                     what=f"lacks {counted(len(lacking))} which {index} places in it",
-                    details=shortened(lines),
+                    details=shortened([f"{name} (it is in {tensors[name].file})" for name in lacking]),
                     fix=_DOWNLOAD_AGAIN,
                 )
             )

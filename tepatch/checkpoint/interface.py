@@ -61,6 +61,16 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def others(self) -> Mapping[str, str]:
+        """Entries that are no tensors and may be left out, each with what it is: None, or a ``BytesIO``."""
+        ...
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names that the index has and no file holds: no tensors, and an error only if one of them is needed."""
+        ...
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The files that hold the tensors, relative to the folder, sorted by name."""
         ...

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from tepatch.checkpoint.recognise import PEEK, recognised
 from tepatch.errors import CheckpointError, Problem
 
 # How many names or problems of one kind a message shows: enough to see the pattern.
@@ -42,6 +44,9 @@ def parse_json(text: bytes, *, where: str, subject: str) -> dict[str, object]:
         what = f"its {subject} is not JSON that can be read"
         raise CheckpointError(Problem(where=where, what=what, found="too many brackets")) from error
     except ValueError as error:
+        if (known := recognised(text[:PEEK], Path(where))) is not None and not known[0].endswith("JSON"):
+            what = f"its {subject} is not JSON: it is {known[0]}"
+            raise CheckpointError(Problem(where=where, what=what, fix=known[1])) from None
         what = f"its {subject} is not JSON in UTF-8"
         raise CheckpointError(Problem(where=where, what=what, found=str(error))) from error
     if not isinstance(value, dict):

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import xxhash
+
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.listing import parse_json
@@ -60,11 +62,33 @@ class Manifest:
     """The original's tensors, in its order."""
     ignored: Mapping[str, str]
     """Tensors of the original that no parameter holds, and why: they do not come back."""
+    digest: str = ""
+    """What the file says is the digest of all the rest; empty for a manifest that says none, or was not read."""
 
     def to_json(self) -> str:
         """The file's text. The same conversion gives the same text."""
+        data = {"format": FORMAT, **self._body(), "digest": self._digest()}
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether it is not as it was written."""
+        return self.digest not in ("", self._digest())
+
+    @property
+    def has_digests_of_originals(self) -> bool:
+        """Whether ``source_digests`` are those of ``originals``: not if it was converted from a third layout."""
+        return self.source_digests.keys() <= self.originals.keys()
+
+    def _body(self) -> dict[str, Any]:
         data = asdict(self)
-        return json.dumps({"format": FORMAT, **data}, indent=1, ensure_ascii=False) + "\n"
+        del data["digest"]
+        return data
+
+    def _digest(self) -> str:
+        """xxh3_128 over what the file says, whatever its spaces and the order of its keys."""
+        text = json.dumps(self._body(), sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def printable(text: str) -> str:
@@ -162,6 +186,7 @@ def _parse(data: dict[str, object], where: str) -> Manifest:
         source_digests=digests,
         originals=originals,
         ignored=ignored,
+        digest=text("digest") if "digest" in data else "",
     )
     if problems:
         raise CheckpointError(problems)

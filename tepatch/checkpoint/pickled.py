@@ -1,23 +1,28 @@
 """The tensors of a ``.bin`` file, which is a zip with a pickle in it.
 
-Only ``torch.load(weights_only=True, mmap=True)`` touches the pickle: it runs no code of the file, and it maps
-the tensors instead of reading them. Files of before PyTorch 1.6 cannot be mapped and are refused, as looking
-at their names would read every weight.
+``torch.load(weights_only=True, mmap=True)`` makes the tensors: it runs no code of the file, and it maps them instead of
+reading them. What they are maps of is held against the zip (``zipped``). Files of before PyTorch 1.6 cannot be mapped
+and are refused, as looking at their names would read every weight.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
 import re
 import struct
 import zipfile
-from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tepatch.checkpoint.dtypes import dtype_code
 from tepatch.checkpoint.interface import TensorInfo
-from tepatch.checkpoint.listing import MAX_NAMED
+from tepatch.checkpoint.listing import shortened
+from tepatch.checkpoint.recognise import PEEK, ZIP_MAGIC, not_weights
+from tepatch.checkpoint.zipped import Contents, DamagedZipError, read_contents
 from tepatch.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
 # How torch.save(_use_new_zipfile_serialization=False) starts: a pickled magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_ZIP_MAGIC = b"PK\x03\x04"
+_DOWNLOAD_AGAIN = "download or copy the file again"
 _RESAVE = "save it again with torch.save or, better, as safetensors"
 # Whatever an instruction of a damaged pickle runs into comes out of torch.load as it is.
 _DAMAGE = (
@@ -39,12 +44,35 @@ _DAMAGE = (
     TypeError,
     ValueError,
     struct.error,
+    MemoryError,
+    UnicodeError,
 )
 
 
-def read_pickled_header(path: Path, *, file: str, where: str) -> list[TensorInfo]:
-    """The tensors of one ``.bin`` file in the order of its dictionary, without reading their data."""
-    return [
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What a ``.bin`` file holds."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """As memory maps, by name."""
+    others: Mapping[str, str]
+    """Entries that are no tensors and can be left out, each with what it is."""
+    contents: Contents
+    """Where the data is that the tensors are made of."""
+
+
+def _no_bytes() -> bytes:
+    """``bytes()``, which an empty ``BytesIO`` is pickled with. With a number it would take that much memory."""
+    return b""
+
+
+_BYTESIO: list[Callable[..., object] | tuple[Callable[..., object], str]] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
+
+
+def read_pickled_header(path: Path, *, file: str, where: str) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors of one ``.bin`` file in the order of its dictionary, without reading their data; and the others."""
+    loaded = load_pickled(path, where=where)
+    infos = [
         TensorInfo(
             name=name,
             shape=tuple(tensor.shape),
@@ -53,21 +81,32 @@ def read_pickled_header(path: Path, *, file: str, where: str) -> list[TensorInfo
             offset=0,
             nbytes=tensor.numel() * tensor.element_size(),
         )
-        for name, tensor in load_pickled(path, where=where).items()
+        for name, tensor in loaded.tensors.items()
     ]
+    return infos, dict(loaded.others)
 
 
-def load_pickled(path: Path, *, where: str) -> dict[str, torch.Tensor]:
-    """The named tensors of a ``.bin`` file as memory maps.
+def load_pickled(path: Path, *, where: str) -> Pickled:
+    """What a ``.bin`` file holds, its tensors as memory maps of exactly the bytes that they say.
 
-    Raises ``CheckpointError`` when the file is anything but a dictionary of ordinary dense tensors.
+    Raises ``CheckpointError`` when the file is anything but a dictionary of ordinary dense tensors, and of what can be
+    left out (None, and the ``BytesIO`` of Transformer Engine's extra state).
     """
     import torch
 
     try:
-        stored = _check_container(path, where=where)
-        # On the CPU and not on "meta", so that a tensor which claims more than the file has is refused here.
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        _check_container(path, where=where)
+        contents = None
+        with contextlib.suppress(*_DAMAGE, pickle.UnpicklingError, zipfile.BadZipFile):
+            contents = read_contents(path)
+        allowed = _BYTESIO if contents is not None and contents.has_bytesio else []
+        with torch.serialization.safe_globals(allowed):
+            # On the CPU and not on "meta", so that a tensor which claims more than the file has is refused here.
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Only now: what torch refuses is told first.
+        contents = contents if contents is not None else read_contents(path)
+    except DamagedZipError as error:
+        raise CheckpointError(_damaged(error, where)) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             Problem(
@@ -77,33 +116,58 @@ def load_pickled(path: Path, *, where: str) -> dict[str, torch.Tensor]:
                 fix=f"if you trust the file, load it with torch yourself and {_RESAVE}",
             )
         ) from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(
             Problem(
                 where=where,
                 what="cannot be read as a PyTorch checkpoint",
                 found=f"{type(error).__name__}: {_reason(error)}",
-                fix="download or copy the file again",
+                fix=_DOWNLOAD_AGAIN,
             )
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(Problem(where=where, what="is not a dictionary of tensors", found=type(loaded).__name__))
+    others = {key: kind for key, value in loaded.items() if (kind := _kind_of_other(key, value))}
     problems = [
         Problem(where=f"{where}: {key!r}", what=fault, found=_describe(value), fix=_advice(value))
         for key, value in loaded.items()
-        if (fault := _fault(key, value))
+        if key not in others and (fault := _fault(key, value))
     ]
     if problems:
         raise CheckpointError(problems)
-    _check_sizes(loaded, stored, where=where)
-    return {name: tensor.detach() for name, tensor in loaded.items()}
+    tensors = {name: tensor.detach() for name, tensor in loaded.items() if name not in others}
+    if unknown := [name for name in tensors if name not in contents.keys]:
+        raise CheckpointError(
+            Problem(
+                where=where, what="its pickle makes tensors otherwise than torch.save does", details=shortened(unknown)
+            )
+        )
+    return Pickled(tensors, others, contents)
 
 
-def _check_container(path: Path, *, where: str) -> Counter[int]:
-    """Let only a zip of uncompressed entries through to torch; the sizes of those that hold tensors' data."""
+def check_data(path: Path, contents: Contents, key: str, *, where: str) -> None:
+    """Raise ``CheckpointError`` unless the data called ``key`` has the checksum that was stored with it. Reads it."""
+    try:
+        with path.open("rb") as stream:
+            contents.entries[key].check(stream)
+    except DamagedZipError as error:
+        raise CheckpointError(_damaged(error, where)) from error
+    except OSError as error:
+        raise CheckpointError(Problem(where=where, what="cannot be read", found=str(error))) from error
+
+
+def _damaged(error: DamagedZipError, where: str) -> Problem:
+    at = f"{where}: {error.entry}" if error.entry else where
+    if error.what == "is compressed":
+        return Problem(where=where, what="is a compressed zip", found=error.entry, fix=_RESAVE)
+    return Problem(where=at, what=error.what, expected=error.expected, found=error.found, fix=_DOWNLOAD_AGAIN)
+
+
+def _check_container(path: Path, *, where: str) -> None:
+    """Let only what looks like a zip through to torch."""
     with path.open("rb") as stream:
-        start = stream.read(len(_LEGACY_MAGIC))
-    if start == _LEGACY_MAGIC:
+        start = stream.read(PEEK)
+    if start.startswith(_LEGACY_MAGIC):
         raise CheckpointError(
             Problem(
                 where=where,
@@ -114,43 +178,22 @@ def _check_container(path: Path, *, where: str) -> Counter[int]:
     if start.startswith(b"\x80"):
         what = "is a bare pickle, and is refused: loading it could run code"
         raise CheckpointError(Problem(where=where, what=what, fix=_RESAVE))
-    if not start.startswith(_ZIP_MAGIC):
-        raise CheckpointError(Problem(where=where, what="is not a PyTorch checkpoint", found=repr(start)))
+    if not start.startswith(ZIP_MAGIC):
+        raise CheckpointError(not_weights(start, path, where=where, wanted="PyTorch checkpoint"))
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+            archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
         raise CheckpointError(
-            Problem(
-                where=where,
-                what="is a damaged or truncated zip",
-                found=str(error),
-                fix="download or copy the file again",
-            )
+            Problem(where=where, what="is a damaged or truncated zip", found=str(error), fix=_DOWNLOAD_AGAIN)
         ) from error
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        # A memory map would take the compressed bytes for weights.
-        raise CheckpointError(Problem(where=where, what="is a compressed zip", found=packed[0], fix=_RESAVE))
-    # An entry is ARCHIVE/data/KEY, where the archive has any name.
-    return Counter(entry.file_size for entry in entries if entry.filename.partition("/")[2].startswith("data/"))
 
 
-def _check_sizes(tensors: dict[str, torch.Tensor], stored: Counter[int], *, where: str) -> None:
-    """Each tensor's data must be one entry of the zip: a map takes whatever bytes stand at its place."""
-    # Tensors may share data, which is then one entry.
-    claimed = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
-    unmatched = Counter(size for size in claimed.values() if size) - stored
-    if unmatched:
-        sizes = ", ".join(f"{size:,}" for size in list(unmatched)[:MAX_NAMED])
-        raise CheckpointError(
-            Problem(
-                where=where,
-                what="its tensors claim data of other sizes than the file has",
-                found=f"claimed, but not stored: {sizes} bytes",
-                fix="download or copy the file again",
-            )
-        )
+def _kind_of_other(key: object, value: object) -> str:
+    """What an entry is that is no tensor and may be left out; empty for any other."""
+    if not isinstance(key, str) or not key.isprintable():
+        return ""
+    return "None" if value is None else "BytesIO" if type(value) is io.BytesIO else ""
 
 
 def _fault(key: object, value: object) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tepatch.checkpoint.dtypes import torch_dtype
 from tepatch.checkpoint.interface import TensorInfo
-from tepatch.checkpoint.pickled import load_pickled
+from tepatch.checkpoint.pickled import Pickled, check_data, load_pickled
 from tepatch.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -260,23 +260,31 @@ class PickledReader:
 
     def __init__(self, stamp: FileStamp) -> None:
         self._stamp = stamp
+        self._checked: set[str] = set()
         stamp.verify()
         try:
-            self._tensors = load_pickled(stamp.path, where=stamp.where)
+            self._loaded: Pickled | None = load_pickled(stamp.path, where=stamp.where)
         except CheckpointError:
             stamp.verify()  # it may have gone or changed only now, and this says so
             raise
 
     def read(self, info: TensorInfo, /) -> torch.Tensor:
-        """The tensor as a memory map of the file; it may be a view with strides of its own."""
+        """The tensor as a memory map of the file; it may be a view with strides of its own.
+
+        Its bytes are read once before, for the zip has a checksum of them.
+        """
         self._stamp.verify()
-        if info.name not in self._tensors:
+        if self._loaded is None or info.name not in self._loaded.tensors:
             raise _unreadable(self._stamp, info, found="no such tensor among the open ones")
-        return as_promised(self._tensors[info.name], info, self._stamp)
+        for key in self._loaded.contents.keys[info.name]:
+            if key not in self._checked:
+                check_data(self._stamp.path, self._loaded.contents, key, where=self._stamp.where)
+                self._checked.add(key)
+        return as_promised(self._loaded.tensors[info.name], info, self._stamp)
 
     def close(self) -> None:
         """Let go of the file; tensors that are still held keep their own map of it."""
-        self._tensors = {}
+        self._loaded = None
 
 
 def open_shard(stamp: FileStamp, *, file: str) -> SafetensorsReader | PickledReader:

@@ -15,6 +15,7 @@ from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.index import index_suffix
 from tepatch.checkpoint.listing import shortened
 from tepatch.checkpoint.manifest import MANIFEST, STEM
+from tepatch.checkpoint.recognise import unfinished
 from tepatch.errors import CheckpointError, Problem
 
 NATIVE = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
@@ -199,15 +200,17 @@ def _nothing_found(folder: Path, wanted: list[str], *, variant: str | None) -> P
     present = weight_files(folder)
     details = [f"looked for: {name}" for name in wanted]
     details += [f"is there: {name}" for name in shortened(present)]
+    partial = [name for name in unfinished(folder) if not name.startswith(".")]
+    details += [f"is there, and its download has not ended: {name}" for name in shortened(partial)]
     return Problem(
         where=str(folder),
         what="no checkpoint was found in this folder",
         details=tuple(details),
-        fix=_suggestion(present, wanted, variant=variant),
+        fix=_suggestion(present, wanted, variant=variant, partial=partial),
     )
 
 
-def _suggestion(present: list[str], wanted: list[str], *, variant: str | None) -> str:
+def _suggestion(present: list[str], wanted: list[str], *, variant: str | None, partial: list[str]) -> str:
     if any(name in present for name in _candidates(variant, use_safetensors=None)):
         return "what is there is left out by use_safetensors: leave that option away"
     variants = _variants_in(present)
@@ -215,6 +218,8 @@ def _suggestion(present: list[str], wanted: list[str], *, variant: str | None) -
         return " or ".join(f"did you mean variant={name!r}?" for name in variants)
     if any(name in present for name in NATIVE):
         return f"these weights were converted by tepatch, and {MANIFEST}, which belongs to them, is gone: restore it"
+    if partial:
+        return "let the download end, or start it again"
     if any(name.endswith(".gguf") for name in present):
         return "tepatch does not read GGUF: convert it to safetensors with transformers"
     if present:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from tepatch.checkpoint.dtypes import ITEM_SIZES, PACKED
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.listing import MAX_NAMED, parse_json
+from tepatch.checkpoint.recognise import PEEK, not_weights, recognised
 from tepatch.errors import CheckpointError, Problem
 
 # The limit that the safetensors package itself sets.
@@ -36,6 +37,10 @@ def read_safetensors_header(path: Path, *, file: str, where: str) -> list[Tensor
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
+            start = stream.read(PEEK)
+            if start[8:9] != b"{" and recognised(start, path) is not None:
+                raise CheckpointError(not_weights(start, path, where=where, wanted="safetensors file"))
+            stream.seek(0)
             return parse_safetensors_header(stream, size=size, file=file, where=where)
     except OSError as error:
         raise CheckpointError(Problem(where=where, what="cannot be read", found=str(error))) from error

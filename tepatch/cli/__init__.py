@@ -16,6 +16,7 @@ from tepatch.cli.checking import check
 from tepatch.cli.converting import convert
 from tepatch.cli.diagnosing import doctor
 from tepatch.cli.listing import plugins, schema
+from tepatch.cli.output import say
 from tepatch.cli.planning import plan
 from tepatch.cli.verifying import verify
 
@@ -43,7 +44,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from tepatch import __version__
 
-        typer.echo(f"tepatch {__version__}")
+        say(f"tepatch {__version__}")
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tepatch.cli.options import Backend, Dtype, chosen_patch
-from tepatch.cli.output import AsJson, print_json, reporting
+from tepatch.cli.output import AsJson, print_json, reporting, say
 from tepatch.cli.tables import print_table
 from tepatch.streaming.settings import BOUNDS, MIB, SOURCES, THREADS_CACHED, THREADS_UNCACHED, Reading
 
@@ -325,9 +325,9 @@ def _measure(
 
 def _print(result: dict[str, Any]) -> None:
     state = "cold: dropped from the page cache before each load" if result["is_cold"] else "warm"
-    typer.echo(f"{result['checkpoint']} to {result['device']}: {result['bytes'] / 1e9:.2f} GB, {state}")
+    say(f"{result['checkpoint']} to {result['device']}: {result['bytes'] / 1e9:.2f} GB, {state}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    typer.echo(f"{result['threads']} threads, pieces of {result['piece_bytes'] >> 20} MiB; {versions}\n")
+    say(f"{result['threads']} threads, pieces of {result['piece_bytes'] >> 20} MiB; {versions}\n")
     rows = [
         (
             name,
@@ -339,13 +339,13 @@ def _print(result: dict[str, Any]) -> None:
         for name, run in result["runs"].items()
     ]
     print_table(("", "median", "least", "most", ""), rows, numbers_from=1)
-    typer.echo()
+    say()
     for name, run in result["runs"].items():
         if run["stages"]:
             stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in run["stages"].items())
-            typer.echo(f"{name}: {stages} s")
-    typer.echo("The first of them:")
+            say(f"{name}: {stages} s")
+    say("The first of them:")
     for sentence in result["advice"]:
-        typer.echo(f"  {sentence}")
+        say(f"  {sentence}")
     for note in result["notes"]:
-        typer.echo(f"  note: {note}")
+        say(f"  note: {note}")

@@ -9,7 +9,7 @@ import typer
 
 from tepatch.cli.options import AutoClassName, Drop, MappingFile, chosen_patch
 from tepatch.cli.options import DtypeName as _DtypeName
-from tepatch.cli.output import FAILED, AsJson, print_json, reporting
+from tepatch.cli.output import FAILED, AsJson, print_json, reporting, say
 from tepatch.cli.tables import print_red
 
 
@@ -134,15 +134,15 @@ def _print(result: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     elif result.passed:
-        typer.echo(str(result))
+        say(str(result))
     else:
         first, *rest = str(result).splitlines()
         print_red(first)
         for line in rest:
-            typer.echo(line)
+            say(line)
     if not result.passed:
         for problem in result.problems:
-            typer.echo(str(problem), err=True)
+            say(str(problem), err=True)
         raise typer.Exit(FAILED)
 
 

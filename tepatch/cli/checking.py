@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tepatch.cli.output import AsJson, find_patch, print_json, reporting
+from tepatch.cli.output import AsJson, find_patch, print_json, reporting, say
 
 if TYPE_CHECKING:
     from tepatch.mapping import Mapping
@@ -33,7 +33,7 @@ def check(
     if as_json:
         print_json(summary)
     else:
-        typer.echo(_text(summary))
+        say(_text(summary))
 
 
 def _mapping_path(file: str, *, as_json: bool) -> Path:

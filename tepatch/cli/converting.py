@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tepatch.cli.options import AutoClassName, Drop, Dtype, MappingFile, PatchName, chosen_patch
-from tepatch.cli.output import AsJson, print_json, reporting
+from tepatch.cli.output import AsJson, print_json, reporting, say
 
 
 def convert(
@@ -65,4 +65,4 @@ def convert(
     if as_json:
         print_json(made.to_json())
     else:
-        typer.echo(str(made))
+        say(str(made))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tepatch.cli.output import FAILED, AsJson, find_patch, print_json, reporting
+from tepatch.cli.output import FAILED, AsJson, find_patch, print_json, reporting, say
 from tepatch.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -100,16 +100,16 @@ def _row(patch: Patch, location: str | None, *, prove: bool) -> dict[str, Any]:
 
 
 def _print(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    typer.echo(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    say(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
     status = machine["transformer_engine"]
-    typer.echo(f"GPU: {machine['gpu'] or 'none'}")
-    typer.echo("Transformer Engine: " + ("usable" if status["usable"] else f"not used: {status['reason']}"))
-    typer.echo()
+    say(f"GPU: {machine['gpu'] or 'none'}")
+    say("Transformer Engine: " + ("usable" if status["usable"] else f"not used: {status['reason']}"))
+    say()
     red = [index for index, row in enumerate(rows) if row["error"]]
     print_table(("patch", "here", "transformers that its plugin was proven with"), map(_cells, rows), red=red)
     for row in rows:
         if row["error"]:
-            typer.echo(f"\n{row['patch']}: {row['error']}")
+            say(f"\n{row['patch']}: {row['error']}")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:

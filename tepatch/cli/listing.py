@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tepatch.cli.output import AsJson, print_json, reporting
+from tepatch.cli.output import AsJson, print_json, reporting, say
 from tepatch.cli.tables import print_red, print_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def plugins(as_json: AsJson = False) -> None:
     elif host.records:
         _print_plugins(host)
     else:
-        typer.echo("no plugins are installed; Llama is in the package tepatch-llama")
+        say("no plugins are installed; Llama is in the package tepatch-llama")
 
 
 def schema(
@@ -47,7 +47,7 @@ def schema(
 
     text = json.dumps(json_schema(), indent=2)
     if output is None:
-        typer.echo(text)
+        say(text)
         return
     try:
         output.write_text(text + "\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def _print_plugins(host: PluginHost) -> None:
     for record in host.records:
         if record.reason:
             line = f"{record.name}: {record.status}: {record.reason}"
-            (print_red if record.status == "failed" else typer.echo)(line)
+            (print_red if record.status == "failed" else say)(line)
 
 
 def _record_json(host: PluginHost, record: PluginRecord) -> dict[str, Any]:

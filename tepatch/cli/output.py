@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tepatch.errors import PluginError, TepatchError
+from tepatch.errors import PluginError, TepatchError, visible
 
 if TYPE_CHECKING:
     from tepatch.patch import Patch
@@ -40,7 +40,7 @@ def reporting(as_json: bool, *, exit_code: int = FAILED) -> Iterator[None]:
     except TepatchError as error:
         if as_json:
             print_json({"error": error_json(error)})
-        typer.echo(str(error), err=True)
+        say(str(error), err=True)
         raise typer.Exit(exit_code) from None
 
 
@@ -57,6 +57,11 @@ def find_patch(name: str, *, as_json: bool, heading: str = "") -> Patch:
             return host.patch(name)
         except PluginError as error:
             raise PluginError(error.problems, heading=heading) from error
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """Print text: all that commands print for people goes through here, or through a table. Nothing in it is obeyed."""
+    typer.echo(visible(text), err=err)
 
 
 def print_json(value: Any) -> None:

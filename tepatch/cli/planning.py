@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tepatch.cli.options import AutoClassName, Backend, Drop, Dtype, Fresh, MappingFile, PatchName, chosen_patch
-from tepatch.cli.output import FAILED, AsJson, print_json, reporting
+from tepatch.cli.output import FAILED, AsJson, print_json, reporting, say
 
 if TYPE_CHECKING:
     from tepatch.mapping import Plan
@@ -86,13 +86,13 @@ def plan(
     if html is not None:
         _write_page(html, made)
         # Whatever else is asked for has stdout to itself.
-        typer.echo(str(html), err=as_json or difference is not None)
+        say(str(html), err=as_json or difference is not None)
     if as_json:
         print_json(made.to_json() if difference is None else difference.to_json())
     elif difference is not None:
-        typer.echo(str(difference))
+        say(str(difference))
     elif html is None:
-        typer.echo(str(made))
+        say(str(made))
     if difference is not None and not difference.is_same:
         raise typer.Exit(FAILED)
 

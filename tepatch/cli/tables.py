@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+from tepatch.errors import visible
+
 PIPE_WIDTH = 1000
 """Columns when stdout is no terminal: wide enough that no cell is ever wrapped in a file or a pipe."""
 
@@ -24,7 +26,7 @@ def print_table(
         table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     marked = set(red)
     for index, row in enumerate(rows):
-        table.add_row(*map(Text, row), style="red" if index in marked else None)
+        table.add_row(*(Text(visible(cell)) for cell in row), style="red" if index in marked else None)
     console.print(table)
 
 
@@ -33,4 +35,4 @@ def print_red(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console().print(Text(text, style="red"), soft_wrap=True)
+    Console().print(Text(visible(text), style="red"), soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tepatch.cli.options import AutoClassName, Backend, Drop, Dtype, MappingFile, PatchName, chosen_patch
-from tepatch.cli.output import FAILED, AsJson, print_json, reporting
+from tepatch.cli.output import FAILED, AsJson, print_json, reporting, say
 from tepatch.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -93,15 +93,15 @@ def verify(
 
 def _print(made: Verification, verdict: Verdict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
-    typer.echo(f"{made.patch} <- {made.location}: {made.tokens} tokens on {made.device}")
-    typer.echo(f"{versions}\n")
+    say(f"{made.patch} <- {made.location}: {made.tokens} tokens on {made.device}")
+    say(f"{versions}\n")
     headings = ("against transformers float32", "max error", "/ largest logit", "mean", "relative", "KL", "top-1")
     rows = [
         (f"tepatch ({made.dtype}, {made.backend})", *_cells(made.ours)),
         ("transformers bfloat16", *_cells(made.hf_bfloat16)),
     ]
     print_table(headings, rows, numbers_from=1, red=() if verdict.passed else (0,))
-    typer.echo(f"\n{verdict}")
+    say(f"\n{verdict}")
 
 
 def _cells(agreement: Agreement) -> tuple[str, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tepatch.checkpoint.containment import file_inside
-from tepatch.errors import CheckpointError, PlanError, Problem
+from tepatch.checkpoint import TensorInfo
+from tepatch.checkpoint.containment import name_fault
+from tepatch.errors import CheckpointError, PlanError, Problem, TepatchError, visible
+from tepatch.hf.texts import read_config_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,8 +24,11 @@ AutoClass = str | type | None
 """One of transformers' auto classes, a model class, or the name of either; None for the checkpoint's own."""
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in ``folder/config.json``. Raises ``CheckpointError`` if there is none that can be read."""
+def read_config(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> PreTrainedConfig:
+    """The config in ``folder/config.json``, of a checkpoint with these ``tensors``.
+
+    Raises ``CheckpointError`` if there is none that can be read, or one that can not be of these tensors.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -35,15 +40,33 @@ def read_config(folder: Path) -> PreTrainedConfig:
                 fix="pass config=..., or point to the folder that holds the whole checkpoint",
             )
         )
-    file_inside(folder, path.name)
-    try:
+    stated = read_config_text(folder, path.name, tensors)
+    for name in stated.get("configuration_files") or ():  # of these, transformers reads the one for its version
+        if name != path.name and (fault := name_fault(name)):
+            what = f"the file name of a config is refused: {fault}"
+            raise CheckpointError(Problem(where=f"{path}: configuration_files", what=what, found=ascii(name)))
+        if os.path.lexists(folder / name):
+            read_config_text(folder, name, tensors)
+    with blamed(str(path), "transformers can not read this config"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and its validators raise errors of many unrelated types
-        raise CheckpointError(
-            Problem(where=str(path), what="transformers can not read this config", details=told(error))
-        ) from error
-    _follow_type(config, path)
+        _follow_type(config, stated.get("model_type"))
     return config
+
+
+@contextmanager
+def blamed(where: str, what: str) -> Iterator[None]:
+    """Inside, whatever transformers raises about what a config holds is a ``CheckpointError``.
+
+    It and its validators raise errors of many unrelated types. The error's own text may hold anything that the config
+    does: what a terminal would obey is not handed on.
+    """
+    try:
+        yield
+    except TepatchError:
+        raise
+    except (Exception, RecursionError) as error:
+        cause = error if visible(str(error)) == str(error) else None
+        raise CheckpointError(Problem(where=where, what=what, details=told(error))) from cause
 
 
 @contextmanager
@@ -71,7 +94,7 @@ def asks_to_run_code(error: BaseException) -> bool:
     return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 
-def _follow_type(config: PreTrainedConfig, path: Path) -> None:
+def _follow_type(config: PreTrainedConfig, stated: str | None) -> None:
     """Where transformers takes a config for one of another type, name the architectures as that type does.
 
     It reads a Mistral with ``layer_types`` as Ministral, whose models its auto classes then build, and leaves
@@ -79,8 +102,7 @@ def _follow_type(config: PreTrainedConfig, path: Path) -> None:
     """
     from transformers.models.auto import modeling_auto
 
-    stated = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if stated == config.model_type or not config.architectures:
+    if stated is None or stated == config.model_type or not config.architectures:
         return
     tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
     classes = {table[stated]: table[config.model_type] for table in tables if {stated, config.model_type} <= set(table)}
@@ -187,6 +209,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         found: PreTrainedConfig = config.get_text_config()
     except ValueError:  # several: then none of them is the language model
         return config
+    except AttributeError:  # a part that is no config
+        found = None  # type: ignore[assignment]
+    if not hasattr(found, "model_type"):
+        what = "the config of the language model inside is none"
+        raise CheckpointError(Problem(where="config.json", what=what, fix="correct config.json"))
     return found
 
 
@@ -206,7 +233,7 @@ class ConfigFields(Mapping[str, Any]):
             raise KeyError(name)
         try:
             value = getattr(self._config, name)
-        except AttributeError:
+        except Exception:  # a property that can not be computed from the other fields is not there
             raise KeyError(name) from None
         if callable(value):
             raise KeyError(name)

@@ -59,6 +59,14 @@ class Completed:
         return {**stored, **dict(sorted(made.items(), key=lambda item: item[1].file))}
 
     @property
+    def others(self) -> Mapping[str, str]:
+        return self._checkpoint.others
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        return self._checkpoint.absent
+
+    @property
     def files(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
 

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from tepatch.checkpoint import dtype_code
-from tepatch.checkpoint.containment import file_inside
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.hf import attention
 from tepatch.hf.config import asks_to_run_code, code_refused, told
 from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.names import memory_names
 from tepatch.hf.sharding import like_sharded
+from tepatch.hf.texts import read_config_text
 from tepatch.mapping.plan import Plan, Spec, TensorSpec
 from tepatch.replace import Replacement, replace_layers
 from tepatch.te.layer import AcceleratedLayer
@@ -278,7 +278,7 @@ def set_generation_config(model: PreTrainedModel, folder: Path) -> None:
     path = folder / "generation_config.json"
     try:
         if os.path.lexists(path):
-            file_inside(folder, path.name)
+            read_config_text(folder, path.name)
             settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
         elif (folder / "config.json").is_file():
             settings = GenerationConfig.from_pretrained(

@@ -129,6 +129,37 @@ def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list
     return out
 
 
+def count_problems(
+    mapping: Mapping, config: MappingABC[str, Any], num_tensors: int, *, is_native: bool, where: str
+) -> list[Problem]:
+    """Captures with more values than a checkpoint of ``num_tensors`` has tensors for, found before a model is built.
+
+    Where every name of a rule has the capture in it, each of its values needs a tensor of its own. ``is_native``: the
+    checkpoint has the parameters' names, and not those of their sources.
+    """
+    binder, out = Binder(mapping, config), dict[str, Problem]()
+    for rule in mapping.rules:
+        try:
+            domains = {name: binder.domain(name) for name in rule.target.captures}
+            large = [name for name, domain in domains.items() if len(domain) > num_tensors and name not in out]
+            if not large or (node := binder.choose(rule, {name: each[0] for name, each in domains.items()})) is None:
+                continue
+        except BindError:
+            continue  # told with everything else that does not fit
+        names = [rule.target] if is_native else list(rules.leaves(node))
+        for name in large:
+            if names and all(name in each.captures for each in names):
+                count = mapping.captures[name]
+                out[name] = Problem(
+                    where=count.where,
+                    what=f"the checkpoint can not have a tensor for each '{name}'",
+                    expected=f"at most {num_tensors:,}, the number of tensors in {where}",
+                    found=f"{len(domains[name]):,} ({count} in the config)",
+                    fix=problems.CONFIG_FIX,
+                )
+    return list(out.values())
+
+
 class _Planner:
     def __init__(
         self,
@@ -309,6 +340,7 @@ class _Planner:
         found: list[tuple[int, Template, list[str]]] = []
         for choice in self.binder.expand(node):
             template = self.binder.template(choice, shape, env)
+            self.binder.spend(len(template.pieces), choice.where)
             names = [self.binder.name(p.source, env | dict(p.extra), p.where) for p in template.pieces]
             found.append((sum(name not in self.sources for name in names), template, names))
             if found[-1][0] == 0:

@@ -34,6 +34,9 @@ from tepatch.mapping.views import (
     tiling_error,
 )
 
+MAX_NAMES = 1 << 19
+"""Names that the rules of a mapping may stand for, targets and sources together."""
+
 
 class Affine(NamedTuple):
     """A value operation: target = source * scale + offset; saving undoes it."""
@@ -84,13 +87,23 @@ class Binder(Values):
         self._templates: dict[tuple[Any, ...], Template | Problem] = {}
         self._expanded: dict[int, list[Node]] = {}
         self._names: dict[int, frozenset[str]] = {}
+        self._spent = 0
 
     def instances(self, rule: Rule) -> Iterator[tuple[Env, str]]:
         """Each target name the rule stands for, with the captures' values."""
         names = sorted(rule.target.captures)
-        for values in itertools.product(*(self.domain(name) for name in names)):
+        domains = [self.domain(name) for name in names]
+        self.spend(prod(map(len, domains)), rule.where)
+        for values in itertools.product(*domains):
             env = dict(zip(names, values, strict=True))
             yield env, self.name(rule.target, env, rule.where)
+
+    def spend(self, number: int, where: str) -> None:
+        """Count names that rules stand for. Raises ``BindError`` beyond what any model has: captures multiply."""
+        self._spent += number
+        if self._spent > MAX_NAMES:
+            what = f"the rules stand for more than {MAX_NAMES:,} names"
+            raise BindError(Problem(where=where, what=what, fix="check the captures, and the numbers in config.json"))
 
     def choose(self, rule: Rule, env: Env) -> Node | None:
         """The choice of the rule that the config selects; None if its conditions do not hold."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from tepatch.errors import visible
 from tepatch.mapping.bind import IDENTITY
 from tepatch.mapping.names import fold
 from tepatch.mapping.places import describe_pair, describe_view
@@ -106,13 +107,14 @@ class PlanDiff:
     def __str__(self) -> str:
         lines = [f"old: {self.old}", f"new: {self.new}"]
         if self.is_same:
-            return "\n".join([*lines, "the same: every parameter and every tensor"])
+            lines.append("the same: every parameter and every tensor")
+            return visible("\n".join(lines))
         for of in ("parameter", "tensor"):
             names = {change.name for change in self.changes if change.of == of}
             if names:
                 lines.append(f"{len(names)} {of}{'s' if len(names) > 1 else ''} changed")
                 lines += self._lines(of)
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _lines(self, of: str) -> Iterator[str]:
         groups: dict[tuple[Kind, tuple[str, ...]], list[str]] = {}

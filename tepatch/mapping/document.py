@@ -131,6 +131,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode):
             if node.style in ("'", '"'):
                 self.values[loc] = (position[0], position[1] + 1)
+            self._check_printable(node.value, position)
             return self._scalar(node)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*loc, index)) for index, item in enumerate(node.value)]
@@ -145,6 +146,7 @@ class _Builder:
                 self.problems.append(Problem(where=where, what="a key must be text"))
                 continue
             key = key_node.value
+            self._check_printable(key, (line, column))
             if key in out:
                 first = self.marks[(*loc, key)][0]
                 self.problems.append(
@@ -154,6 +156,13 @@ class _Builder:
             self.marks[(*loc, key)] = (line, column)
             out[key] = self.build(value_node, (*loc, key))
         return out
+
+    def _check_printable(self, text: str, position: tuple[int, int]) -> None:
+        """A quoted text may spell any character: a name is then no longer what it looks like."""
+        if not text.replace("\n", "").isprintable():
+            where = f"{self.name}:{position[0]}:{position[1]}"
+            what = "this text holds characters that can not be printed"
+            self.problems.append(Problem(where=where, what=what, found=ascii(text)[:80]))
 
     @staticmethod
     def _scalar(node: yaml.ScalarNode) -> Any:

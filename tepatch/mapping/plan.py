@@ -21,6 +21,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple, Protocol
 
+from tepatch.errors import visible
 from tepatch.mapping.bind import IDENTITY, Affine
 from tepatch.mapping.views import Pair, contiguous, pair
 
@@ -302,7 +303,7 @@ class Plan:
     def __str__(self) -> str:
         from tepatch.mapping.show import show_plan
 
-        return show_plan(self)
+        return visible(show_plan(self))
 
 
 def is_convertible(source_dtype: str, target_dtype: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
@@ -230,3 +231,96 @@ def test_damaged_bytes_either_load_or_are_refused(tmp_path: Path) -> None:
             str(error).encode()
             refused += 1
     assert refused
+
+
+def entries_of(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {entry.filename.partition("/")[2]: archive.read(entry) for entry in archive.infolist()}
+
+
+def test_entries_that_were_exchanged_are_named(tmp_path: Path) -> None:
+    """Both lengths are there, each at the other's place."""
+    save(tmp_path, {"small": torch.ones(5), "large": torch.ones(70)})
+    entries = entries_of(tmp_path / NAME)
+    rewrite(tmp_path / NAME, {"data/0": entries["data/1"], "data/1": entries["data/0"]})
+    with pytest.raises(CheckpointError, match=r"data/0: its tensors claim(.|\n)*20 bytes\n(.|\n)*280 bytes"):
+        open_checkpoint(tmp_path)
+
+
+def test_names_that_were_exchanged_in_the_directory_are_told(tmp_path: Path) -> None:
+    save(tmp_path, {"one": torch.ones(5), "other": torch.zeros(5)})
+    content = (tmp_path / NAME).read_bytes()
+    start = content.index(b"PK\x01\x02")
+    directory = content[start:].replace(b"/data/0", b"/data/X").replace(b"/data/1", b"/data/0")
+    (tmp_path / NAME).write_bytes(content[:start] + directory.replace(b"/data/X", b"/data/1"))
+    with pytest.raises(CheckpointError, match="is not where the zip says"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_an_entry_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.ones(5)})
+    with zipfile.ZipFile(tmp_path / NAME, "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/data/0", bytes(20))
+    with pytest.raises(CheckpointError, match="data/0: is there twice"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_bit_that_changed_is_told_when_it_is_read(tmp_path: Path, shared: bool) -> None:
+    whole = torch.arange(100.0)
+    save(tmp_path, {"w": whole, "v": whole[50:].view(5, 10) if shared else torch.ones(3)})
+    content = bytearray((tmp_path / NAME).read_bytes())
+    content[content.index(whole.numpy().tobytes()) + 201] ^= 1
+    (tmp_path / NAME).write_bytes(content)
+    checkpoint = open_checkpoint(tmp_path)
+    with checkpoint.open(NAME) as shard:
+        with pytest.raises(CheckpointError, match=r"data/0: its bytes are not those that were saved(.|\n)*checksum"):
+            shard.read(checkpoint.tensors["w"])
+        if shared:
+            with pytest.raises(CheckpointError, match="are not those that were saved"):
+                shard.read(checkpoint.tensors["v"])
+        else:
+            assert torch.equal(shard.read(checkpoint.tensors["v"]), torch.ones(3))
+
+
+def test_a_pickle_that_changed_is_told_by_its_checksum(tmp_path: Path) -> None:
+    """Names are told by nothing else."""
+    save(tmp_path, {"model.one": torch.ones(3), "model.two": torch.zeros(3)})
+    content = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(content.replace(b"model.one", b"model.oNe"))
+    with pytest.raises(CheckpointError, match=r"data\.pkl: its bytes are not those that were saved"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """torch can be told to compute none."""
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(tmp_path, {"w": torch.ones(5)})
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    checkpoint = open_checkpoint(tmp_path)
+    with checkpoint.open(NAME) as shard:
+        assert torch.equal(shard.read(checkpoint.tensors["w"]), torch.ones(5))
+
+
+def test_what_can_be_left_out_is_no_tensor(tmp_path: Path) -> None:
+    """The extra state of Transformer Engine's modules, as its versions have written it."""
+    save(tmp_path, {"w": torch.ones(3), "a._extra_state": None, "b._extra_state": io.BytesIO(b"scales")})
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.tensors) == ["w"]
+    assert checkpoint.others == {"a._extra_state": "None", "b._extra_state": "BytesIO"}
+    # Nothing of that is allowed to anybody else.
+    assert io.BytesIO not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("text", [b"r\xff\xff\xff\x7f", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x0f", b"]q\x00h\x00a" * 3])
+def test_a_pickle_that_asks_for_memory_is_refused(tmp_path: Path, text: bytes) -> None:
+    """A memo of two thousand million objects, bytes without an end, a list that holds itself."""
+    save(tmp_path, {"w": torch.ones(3)})
+    pickled = entries_of(tmp_path / NAME)["data.pkl"]
+    rewrite(tmp_path / NAME, {"data.pkl": pickled[:2] + b"N" + text + b"0" * text.count(b"]") + pickled[2:]})
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path)
