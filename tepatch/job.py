@@ -32,7 +32,7 @@ from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
-from tepatch.mapping.names import fold
+from tepatch.mapping.names import fold, listed
 from tepatch.mapping.native import make_native_plan
 from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
@@ -129,7 +129,7 @@ def settle(
         relation, reading, layout = planner.plans()
         if relation is not reading:
             relation = replace(relation, notes=reading.notes)
-        spelling = places.seen(rules, relation.sources).spelling
+        names, stock_names = places.spelled(rules, relation)
         yield Job(
             patch=patch,
             model=model,
@@ -137,8 +137,8 @@ def settle(
             rules=places.stock(rules),
             relation=relation,
             reading=reading,
-            stock=respell(relation, spelling.stock()),
-            spelling=spelling.names,
+            stock=respell(relation, stock_names),
+            spelling=names,
             is_wrapped=is_wrapped,
             layout=layout,
             others=planner.others,
@@ -190,6 +190,15 @@ class _Places:
             spelling=spell(rest, inside, target=self.base if rules.base is not None else None),
         )
 
+    def spelled(self, rules: Rules, relation: Plan) -> tuple[dict[str, str], dict[str, str]]:
+        """The stock model's name -> that of a tensor in ``relation``, and back, where they differ."""
+        other = {entry.note: name for name, entry in relation.sources.items() if entry.state == "used" and entry.note}
+        spelling = self.seen(rules, [*relation.sources, *other]).spelling
+        stock = spelling.stock()
+        # A tied tensor that is stored under its other name goes by the first in memory.
+        tied = {stock.get(first, first): name for first, name in other.items()}
+        return {**spelling.names, **tied}, {**stock, **{name: first for first, name in tied.items()}}
+
     def stock(self, rules: Rules) -> Rules:
         """``rules`` in the stock model's own names."""
         return move_base(rules, source=self.base, target=self.base)
@@ -224,13 +233,17 @@ def _completed(
     here: dict[str, str] = {}  # a rule looks for a tensor at the checkpoint's place of the base
     for name in made:
         here[joined(seen.source, inside[name]) if name in inside else seen.rest.get(name, name)] = name
-    if held := [name for name in kept if name in here]:
+    # A tied tensor may be stored under its other name as well, and would have to be equal to what is drawn.
+    _, ties = target_specs(stock.stock, None)
+    held = {name: here.get(name) or ties.get(names[name], "") for name in kept}
+    if held := {name: first for name, first in held.items() if first in made}:
         raise PlanError(
             Problem(
                 where="fresh",
                 what="the checkpoint has these tensors",
                 details=tuple(fold(held, 12)),
-                fix="leave them out of fresh to load them, or give them to drop as well to replace them",
+                fix=f"to load them, have fresh name none of {listed(dict.fromkeys(held.values()))}; "
+                f"to replace them: drop={listed(held)}",
             )
         )
     notes = []

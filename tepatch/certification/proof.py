@@ -32,7 +32,7 @@ from tepatch.certification.certificate import (
 from tepatch.certification.comparison import Operation, deviation, difference
 from tepatch.certification.folders import beside_weights, subfolders_note, weight_records
 from tepatch.certification.recheck import CheckResult, check_certificate
-from tepatch.certification.sides import Side, open_side
+from tepatch.certification.sides import Side, named_like, open_side
 from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.manifest import printable
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, SaveError
@@ -117,7 +117,7 @@ def certify(
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         options: dict[str, Any] = {"mapping": mapping, "dtype": dtype, "plugins": plugins, "auto_class": auto_class}
         src = open_side(stack, first, patch, drop=drop, may_not_fit=False, **options)
-        dst = open_side(stack, second, patch, drop=(), may_not_fit=True, **options)
+        dst = named_like(open_side(stack, second, patch, drop=(), may_not_fit=True, **options), src)
         logits = _Logits.of(src, dst, token_ids) if token_ids is not None else None
         bar = stack.enter_context(ProgressBar(_nbytes(first) + _nbytes(second), progress, "comparing"))
 
