@@ -38,6 +38,7 @@ from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
 from tepatch.te.precision import read_precision
 from tepatch.te.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
+from tepatch.tensors import on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,6 +47,7 @@ Weights = Literal["plain", "quantized"]
 """How the layers hold their weights: in the parameters' dtype, or quantized only."""
 
 
+@on_cpu_by_default
 def load(
     patch: str | Patch,
     location: str | PathLike[str],
@@ -168,6 +170,7 @@ def load(
     return model
 
 
+@on_cpu_by_default
 def build(
     patch: str | Patch,
     config: PreTrainedConfig,
@@ -197,6 +200,7 @@ def build(
         )
 
 
+@on_cpu_by_default
 def plan(
     patch: str | Patch,
     location: str | PathLike[str],

@@ -44,7 +44,7 @@ from tepatch.mapping.plan import Plan, is_convertible
 from tepatch.plugins import default_host
 from tepatch.progress import ProgressBar
 from tepatch.report import installed_versions
-from tepatch.tensors import tensor_digest
+from tepatch.tensors import on_cpu_by_default, tensor_digest
 from tepatch.verify import judge, verify
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ _Result = TypeVar("_Result")
 _FREE_FIELDS = {"dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path"}
 
 
+@on_cpu_by_default
 def certify(
     patch: str | Patch,
     source: str | PathLike[str],

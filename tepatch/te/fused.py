@@ -142,6 +142,10 @@ class Projection(nn.Linear):
     def training(self, mode: bool) -> None:
         pass
 
+    @training.deleter
+    def training(self) -> None:
+        """Nothing was set: for whoever sets it for a while (``unittest.mock``)."""
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features].
 
