@@ -27,7 +27,6 @@ from tepatch.job import AUTO, parameter_dtype
 from tepatch.mapping import Plan
 from tepatch.mapping.base import respell
 from tepatch.storing import MAX_SHARD_SIZE, Outline, companions
-from tepatch.tensors import on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +52,6 @@ class Saved:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-@on_cpu_by_default
 def save(
     model: PreTrainedModel,
     folder: str | PathLike[str],

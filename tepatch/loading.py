@@ -200,7 +200,6 @@ def build(
         )
 
 
-@on_cpu_by_default
 def plan(
     patch: str | Patch,
     location: str | PathLike[str],

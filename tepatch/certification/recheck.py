@@ -30,7 +30,6 @@ from tepatch.checkpoint.pickled import load_pickled
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
 from tepatch.errors import CheckpointError, PlanError, Problem
 from tepatch.mapping.names import fold
-from tepatch.tensors import on_cpu_by_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,6 @@ class CheckResult:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-@on_cpu_by_default
 def check_certificate(
     path: str | PathLike[str],
     *,

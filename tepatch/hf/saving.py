@@ -18,13 +18,11 @@ from tepatch.hf.named import named_tensors
 from tepatch.hf.placement import Readers, offloaded
 from tepatch.mapping.names import fold
 from tepatch.mapping.plan import Plan
-from tepatch.tensors import on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@on_cpu_by_default
 def save_pretrained(
     model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
