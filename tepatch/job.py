@@ -23,7 +23,7 @@ import torch
 
 from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
-from tepatch.errors import PlanError, Problem
+from tepatch.errors import PlanError, Problem, TepatchError
 from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
@@ -34,6 +34,7 @@ from tepatch.mapping.accounting import requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
 from tepatch.mapping.names import fold, listed
 from tepatch.mapping.native import make_native_plan
+from tepatch.mapping.plan import is_convertible
 from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
@@ -105,7 +106,8 @@ def settle(
     fields = ConfigFields(text_config(config) if is_wrapped else config)
     if problems := requirement_problems(rules, fields):
         where = checkpoint.location if checkpoint else "config"
-        raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
+        told = [_with_advice(problem, config, checkpoint, auto_class) for problem in problems]
+        raise PlanError(told, heading=f"{where}: the patch '{patch.name}' can not serve this model")
     # Parameters are of the class that they were converted for, whatever a config says or does not say.
     manifest = None if checkpoint is None else checkpoint.manifest
     stated = "" if manifest is None else manifest.model_class
@@ -147,6 +149,27 @@ def settle(
             dtype=wanted,
             seconds={"build": built - started, "plan": time.perf_counter() - built},
         )
+
+
+def _with_advice(
+    problem: Problem, config: PreTrainedConfig, checkpoint: Checkpoint | None, auto_class: AutoClass
+) -> Problem:
+    """A requirement that does not hold, with what can be done: transformers may not take this config either."""
+    if "quantization_config" in problem.expected and checkpoint is not None:
+        stored = sorted({info.dtype for info in checkpoint.tensors.values()})
+        if not all(is_convertible(code, "F64") for code in stored):
+            fix = "dequantize it with what has quantized it, and save it without quantization_config"
+            return replace(problem, fix=fix)
+        return replace(
+            problem,
+            what=f"the config says that weights are quantized, and those stored are not ({', '.join(stored)})",
+            fix="if they were merged or dequantized, take quantization_config out of config.json",
+        )
+    try:
+        build_on_meta(model_class(config, auto_class), config, dtype=torch.float32)
+    except TepatchError:
+        return replace(problem, fix="correct this field: transformers can not make a model of this config either")
+    return replace(problem, fix=f"{problem.fix}; load it with transformers")
 
 
 @dataclass(frozen=True, kw_only=True)

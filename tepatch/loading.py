@@ -319,7 +319,7 @@ def _quantized_weights(job: Job, weights: str, *, keep_initial: bool) -> Quantiz
             Problem(
                 where="keep_initial",
                 what="there are other numbers to keep only where weights are held quantized",
-                fix="pass weights='quantized' with it, or leave it out",
+                fix="pass weights='quantized' and a precision with it, or leave it out",
             )
         )
     return None

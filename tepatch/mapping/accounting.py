@@ -123,7 +123,7 @@ def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list
                 what=requirement.sentence,
                 expected=str(condition),
                 found=", ".join(f"config.{name} = {config[name]!r}" for name in fields),
-                fix="this patch can not serve this model; load it with transformers",
+                fix="this patch can not serve this model",
             )
         )
     return out
