@@ -35,7 +35,7 @@ from tepatch.mapping.plan import is_convertible
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
 from tepatch.storing import MAX_SHARD_SIZE, Outline, companions
-from tepatch.tensors import Parameters, Tensors
+from tepatch.tensors import Parameters, Tensors, on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,6 +93,7 @@ class Converted:
         }
 
 
+@on_cpu_by_default
 def convert(
     patch: str | Patch,
     source: str | PathLike[str],

@@ -25,7 +25,7 @@ import torch
 from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.listing import MAX_NAMED
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
-from tepatch.errors import PlanError, Problem
+from tepatch.errors import PlanError, Problem, TepatchError
 from tepatch.hf.config import AutoClass, ConfigFields, blamed, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
@@ -34,8 +34,9 @@ from tepatch.hf.names import spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import count_problems, requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
-from tepatch.mapping.names import fold
+from tepatch.mapping.names import fold, listed
 from tepatch.mapping.native import make_native_plan
+from tepatch.mapping.plan import is_convertible
 from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
@@ -114,7 +115,8 @@ def settle(
             raise PlanError(problems, heading=f"{rules.name} does not fit {checkpoint.location}")
     if problems:
         where = checkpoint.location if checkpoint else "config"
-        raise PlanError(problems, heading=f"{where}: the patch '{patch.name}' can not serve this model")
+        told = [_with_advice(problem, config, checkpoint, auto_class) for problem in problems]
+        raise PlanError(told, heading=f"{where}: the patch '{patch.name}' can not serve this model")
     # Parameters are of the class that they were converted for, whatever a config says or does not say.
     manifest = None if checkpoint is None else checkpoint.manifest
     stated = "" if manifest is None else manifest.model_class
@@ -137,8 +139,8 @@ def settle(
             checkpoint, dropped, notes = _completed(places, rules, checkpoint, stock, fresh, drop)
         planner = _Planner(patch, rules, fields, checkpoint, places, dropped, notes, is_own=mapping is None)
         relation, reading, layout = planner.plans()
-        spelling = places.seen(rules, relation.sources).spelling
-        places.targets = keep_in_float32(model, targets, respell(relation, spelling.stock()), wanted)
+        names, stock_names = places.spelled(rules, relation)
+        places.targets = keep_in_float32(model, targets, respell(relation, stock_names), wanted)
         if places.targets != targets:
             relation, reading, layout = planner.plans()
         if relation is not reading:
@@ -150,8 +152,8 @@ def settle(
             rules=places.stock(rules),
             relation=relation,
             reading=reading,
-            stock=respell(relation, spelling.stock()),
-            spelling=spelling.names,
+            stock=respell(relation, stock_names),
+            spelling=names,
             is_wrapped=is_wrapped,
             layout=layout,
             others=planner.others,
@@ -160,6 +162,27 @@ def settle(
             dtype=wanted,
             seconds={"build": built - started, "plan": time.perf_counter() - built},
         )
+
+
+def _with_advice(
+    problem: Problem, config: PreTrainedConfig, checkpoint: Checkpoint | None, auto_class: AutoClass
+) -> Problem:
+    """A requirement that does not hold, with what can be done: transformers may not take this config either."""
+    if "quantization_config" in problem.expected and checkpoint is not None:
+        stored = sorted({info.dtype for info in checkpoint.tensors.values()})
+        if not all(is_convertible(code, "F64") for code in stored):
+            fix = "dequantize it with what has quantized it, and save it without quantization_config"
+            return replace(problem, fix=fix)
+        return replace(
+            problem,
+            what=f"the config says that weights are quantized, and those stored are not ({', '.join(stored)})",
+            fix="if they were merged or dequantized, take quantization_config out of config.json",
+        )
+    try:
+        build_on_meta(model_class(config, auto_class), config, dtype=torch.float32)
+    except TepatchError:
+        return replace(problem, fix="correct this field: transformers can not make a model of this config either")
+    return replace(problem, fix=f"{problem.fix}; load it with transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +230,15 @@ class _Places:
             spelling=spell(rest, inside, target=self.base if rules.base is not None else None),
         )
 
+    def spelled(self, rules: Rules, relation: Plan) -> tuple[dict[str, str], dict[str, str]]:
+        """The stock model's name -> that of a tensor in ``relation``, and back, where they differ."""
+        other = {entry.note: name for name, entry in relation.sources.items() if entry.state == "used" and entry.note}
+        spelling = self.seen(rules, [*relation.sources, *other]).spelling
+        stock = spelling.stock()
+        # A tied tensor that is stored under its other name goes by the first in memory.
+        tied = {stock.get(first, first): name for first, name in other.items()}
+        return {**spelling.names, **tied}, {**stock, **{name: first for first, name in tied.items()}}
+
     def stock(self, rules: Rules) -> Rules:
         """``rules`` in the stock model's own names."""
         return move_base(rules, source=self.base, target=self.base)
@@ -242,13 +274,17 @@ def _completed(
     here: dict[str, str] = {}  # a rule looks for a tensor at the checkpoint's place of the base
     for name in made:
         here[joined(seen.source, inside[name]) if name in inside else seen.rest.get(name, name)] = name
-    if held := [name for name in kept if name in here]:
+    # A tied tensor may be stored under its other name as well, and would have to be equal to what is drawn.
+    _, ties = target_specs(stock.stock, None)
+    held = {name: here.get(name) or ties.get(names[name], "") for name in kept}
+    if held := {name: first for name, first in held.items() if first in made}:
         raise PlanError(
             Problem(
                 where="fresh",
                 what="the checkpoint has these tensors",
                 details=tuple(fold(held, 12)),
-                fix="leave them out of fresh to load them, or give them to drop as well to replace them",
+                fix=f"to load them, have fresh name none of {listed(dict.fromkeys(held.values()))}; "
+                f"to replace them: drop={listed(held)}",
             )
         )
     notes = []

@@ -39,7 +39,7 @@ from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
 from tepatch.te.precision import read_precision
 from tepatch.te.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
-from tepatch.tensors import Tensors
+from tepatch.tensors import Tensors, on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +50,7 @@ CHECKED_AT_ONCE = 2
 """Threads that compare digests, each with a tensor in memory and what it is made of."""
 
 
+@on_cpu_by_default
 def load(
     patch: str | Patch,
     location: str | PathLike[str],
@@ -175,6 +176,7 @@ def load(
     return model
 
 
+@on_cpu_by_default
 def build(
     patch: str | Patch,
     config: PreTrainedConfig,
@@ -333,7 +335,7 @@ def _quantized_weights(job: Job, weights: str, *, keep_initial: bool) -> Quantiz
             Problem(
                 where="keep_initial",
                 what="there are other numbers to keep only where weights are held quantized",
-                fix="pass weights='quantized' with it, or leave it out",
+                fix="pass weights='quantized' and a precision with it, or leave it out",
             )
         )
     return None

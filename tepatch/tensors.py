@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import ParamSpec, TypeVar
 
 import torch
 import xxhash
@@ -17,6 +19,9 @@ from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.reading import ByteReader
 from tepatch.checkpoint.writing import tensor_bytes
 from tepatch.mapping import Plan
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Tensors:
@@ -133,3 +138,20 @@ class Parameters:
             self._last.value = None  # so that there never are two
             last = self._last.value = (name, assemble(self._plan, name, self._read))
         return last[1]
+
+
+def on_cpu_by_default(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function``, in which tensors are made on the CPU unless it says otherwise.
+
+    Around it the caller may have set another device (``with torch.device("meta")``, ``torch.set_default_device``). What
+    is computed on the way would be there, and without values on "meta".
+    """
+
+    @functools.wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return called

@@ -24,6 +24,7 @@ from tepatch.loading import load
 from tepatch.patch import Patch
 from tepatch.report import Report
 from tepatch.te import BackendName
+from tepatch.tensors import on_cpu_by_default
 
 CHUNK = 512
 """Tokens compared at a time: bounds the float64 temporaries."""
@@ -137,6 +138,7 @@ def compare_logits(logits: torch.Tensor, reference: torch.Tensor) -> Agreement:
     )
 
 
+@on_cpu_by_default
 def verify(
     patch: str | Patch,
     location: str | PathLike[str],

@@ -10,6 +10,7 @@ import copy
 import functools
 import pickle
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -417,6 +418,29 @@ def test_a_checkpoint_function_of_the_users_own_is_refused_under_fp8_and_left_al
     with pytest.raises(UnsupportedError, match="Transformer Engine's own function only") as caught:
         model(IDS)
     assert "own" in caught.value.problems[0].found
+
+
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_a_checkpoint_function_can_be_exchanged_for_a_while_and_taken_away(model: Any, precision: str | None) -> None:
+    tepatch.set_precision(model, precision)
+    enable_checkpointing(model)
+    layer, other = model.model.layers[0], model.model.layers[1]
+    before = vars(layer)["_gradient_checkpointing_func"]  # where tools find it in the stock layer
+    with unittest.mock.patch.object(layer, "_gradient_checkpointing_func") as function:
+        assert vars(layer)["_gradient_checkpointing_func"] is function
+    assert vars(layer)["_gradient_checkpointing_func"] is before
+    del layer._gradient_checkpointing_func
+    assert not hasattr(layer, "_gradient_checkpointing_func")
+    with pytest.raises(AttributeError):
+        del layer._gradient_checkpointing_func
+    assert hasattr(other, "_gradient_checkpointing_func")
+
+
+def test_a_mode_can_be_set_for_a_while_on_a_projection(model: Any) -> None:
+    projection = model.model.layers[0].self_attn.q_proj
+    with unittest.mock.patch.object(projection, "training", False):
+        assert projection.training == model.model.layers[0].training
+    assert projection.training == model.model.layers[0].training
 
 
 def test_a_layer_without_a_checkpoint_function_has_none(model: Any) -> None:

@@ -32,7 +32,7 @@ from tepatch.certification.certificate import (
 from tepatch.certification.comparison import Operation, deviation, difference
 from tepatch.certification.folders import beside_weights, subfolders_note, weight_records
 from tepatch.certification.recheck import CheckResult, check_certificate
-from tepatch.certification.sides import Side, open_side
+from tepatch.certification.sides import Side, named_like, open_side
 from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.manifest import printable
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, SaveError
@@ -44,7 +44,7 @@ from tepatch.mapping.plan import Plan, is_convertible
 from tepatch.plugins import default_host
 from tepatch.progress import ProgressBar
 from tepatch.report import installed_versions
-from tepatch.tensors import tensor_digest
+from tepatch.tensors import on_cpu_by_default, tensor_digest
 from tepatch.verify import judge, verify
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ _Result = TypeVar("_Result")
 _FREE_FIELDS = {"dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path"}
 
 
+@on_cpu_by_default
 def certify(
     patch: str | Patch,
     source: str | PathLike[str],
@@ -117,7 +118,7 @@ def certify(
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         options: dict[str, Any] = {"mapping": mapping, "dtype": dtype, "plugins": plugins, "auto_class": auto_class}
         src = open_side(stack, first, patch, drop=drop, may_not_fit=False, **options)
-        dst = open_side(stack, second, patch, drop=(), may_not_fit=True, **options)
+        dst = named_like(open_side(stack, second, patch, drop=(), may_not_fit=True, **options), src)
         logits = _Logits.of(src, dst, token_ids) if token_ids is not None else None
         bar = stack.enter_context(ProgressBar(_nbytes(first) + _nbytes(second), progress, "comparing"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.errors import PlanError
 from tepatch.hf.config import AutoClass
 from tepatch.job import NATIVE, ORIGINAL, Job, find_patch, given_config, settle
+from tepatch.mapping.base import respell
 from tepatch.mapping.bind import IDENTITY, Affine
 from tepatch.mapping.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
 from tepatch.tensors import Parameters, Tensors
@@ -50,6 +51,8 @@ class Side:
     """Copies of tied tensors, each with the parameter that it is a copy of."""
     refusal: PlanError | None = None
     """Why there is no job."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors in its files, where they are not those of ``names``."""
 
     def __post_init__(self) -> None:
         self.copies: dict[str, list[Copy]] = {}
@@ -79,7 +82,7 @@ class Side:
         spec = self.names.get(name) or self.checkpoint.tensors[name]
         wanted = torch_dtype(dtype or spec.dtype)
         if self.holds_originals:
-            return self.tensors.read(name).to(wanted)
+            return self.tensors.read(self.stored.get(name, name)).to(wanted)
         return self._pulled(name, dtype or spec.dtype, undo=True)
 
     def raw(self, name: str) -> torch.Tensor:
@@ -226,6 +229,26 @@ def open_side(
         names=job.relation.reverse().writes,
         ignored={name: entry.note for name, entry in job.reading.sources.items() if entry.state == "ignored"},
         tied={name: entry.note for name, entry in job.relation.sources.items() if entry.state == "redundant"},
+    )
+
+
+def named_like(side: Side, other: Side) -> Side:
+    """``side`` with the names of ``other`` for tied tensors that the two have under different names."""
+    names = {}
+    for plan, is_here in ((side.relation, True), (other.relation, False)):
+        for name, entry in plan.sources.items() if plan is not None else ():
+            if entry.state == "used" and entry.note:
+                mine, wanted = (name, entry.note) if is_here else (entry.note, name)
+                known = side.names.keys() | side.ignored.keys()
+                if mine in side.names and wanted not in known and wanted in other.names and mine not in other.names:
+                    names[mine] = wanted
+    if side.job is None or not names:
+        return side
+    return replace(
+        side,
+        job=replace(side.job, relation=respell(side.job.relation, names)),
+        names={names.get(name, name): spec for name, spec in side.names.items()},
+        stored={wanted: mine for mine, wanted in names.items()},
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from tepatch.checkpoint import Checkpoint, ShardReader, TensorInfo
 from tepatch.errors import PlanError, Problem
 from tepatch.hf.fresh import FreshWeights
-from tepatch.mapping.rules import is_below
+from tepatch.mapping.names import meant_by
 
 if TYPE_CHECKING:
     from tepatch.checkpoint.manifest import Manifest
@@ -110,7 +110,7 @@ class _Renamed(AbstractContextManager[ShardReader]):
 
 
 def chosen(given: Iterable[str], names: Mapping[str, str], *, argument: str, of: str) -> list[str]:
-    """The tensors that a caller means by ``given``: whole names, or the paths of modules that they are in.
+    """The tensors that a caller means by ``given``: whole names, folded or not, or the paths of modules around them.
 
     ``names`` are those of all tensors, each with another that it may be called by. Raises ``PlanError`` for what
     means none; ``argument`` and ``of`` say in messages what was given and whose tensors these are.
@@ -127,10 +127,10 @@ def chosen(given: Iterable[str], names: Mapping[str, str], *, argument: str, of:
     found: dict[str, None] = {}
     problems = []
     for each in given:
-        path = each.rstrip(".")
-        meant = [name for name, other in names.items() if {path} & {name, other} or _is_in(path, name, other)]
+        is_meant = meant_by(each)
+        meant = [name for name, other in names.items() if is_meant(name) or is_meant(other)]
         if not meant:
-            close = difflib.get_close_matches(path, list(names)[:20_000], n=1)
+            close = difflib.get_close_matches(each, list(names)[:20_000], n=1)
             what = f"no tensor of {of} has this name, or is in a module of it"
             fix = f"did you mean '{close[0]}'?" if close else ""
             problems.append(Problem(where=argument, what=what, found=repr(each), fix=fix))
@@ -138,7 +138,3 @@ def chosen(given: Iterable[str], names: Mapping[str, str], *, argument: str, of:
     if problems:
         raise PlanError(problems)
     return list(found)
-
-
-def _is_in(path: str, name: str, other: str) -> bool:
-    return bool(path) and (is_below(name, path) or is_below(other, path))

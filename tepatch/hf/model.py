@@ -51,6 +51,16 @@ def build_on_meta(
     The model gets its own copy of ``config``. ``ignores`` is as in ``Patch``. Raises ``ReplaceError`` if a replacement
     does not take what its class takes, or was never used, and ``PlanError`` if no model can be made from the config.
     """
+    if (module := nn.Module.register_parameter.__module__) != nn.Module.__module__:
+        raise PlanError(
+            Problem(
+                where=module,
+                what="a block around this call has exchanged how modules take parameters: tied ones would be two",
+                expected="torch's own nn.Module.register_parameter",
+                fix="call it outside of the block (accelerate's init_empty_weights); no memory is taken for weights "
+                "before they are read",
+            )
+        )
     config = copy.deepcopy(config)
     config.dtype = dtype
     config._attn_implementation = attention.NAME

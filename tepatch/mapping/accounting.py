@@ -123,7 +123,7 @@ def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list
                 what=requirement.sentence,
                 expected=str(condition),
                 found=", ".join(f"config.{name} = {config[name]!r}" for name in fields),
-                fix="this patch can not serve this model; load it with transformers",
+                fix="this patch can not serve this model",
             )
         )
     return out
@@ -188,6 +188,10 @@ class _Planner:
         self.rule_entries: list[RuleEntry] = []
         self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
         """Shape that the rules expect of each source, and the first rule that says so."""
+        self.tied: list[tuple[int, str, str]] = []
+        """Ties: the rule, the parameter, and the other name that a checkpoint may have for its tensor."""
+        self.stands_for: dict[str, str] = {}
+        """Sources that are read in the place of the tensor that they are tied to."""
         self.present: set[tuple[str, int]] = set()
         """Captures and their values (layers, experts) for which some tensor was found."""
         # Problems that many layers share are gathered by rule, and told once.
@@ -205,6 +209,7 @@ class _Planner:
             self.rule_entries.append(self._apply(index, rule))
         if self.mapping.rest and (rest := self._apply_rest()).count:
             self.rule_entries.append(rest)
+        self._settle_ties()
 
     def plan(self, *, patch: str, location: str, notes: tuple[str, ...]) -> Plan:
         self.apply_all()
@@ -229,7 +234,13 @@ class _Planner:
             sources={name: self.source_entries[name] for name in self.all_sources},
             targets=dict(sorted(self.target_entries.items(), key=lambda item: order.get(item[0], len(order)))),
             rules=tuple(self.rule_entries),
-            notes=notes,
+            notes=(
+                *notes,
+                *(
+                    f"the tied tensor {name} is stored under its other name, {other}"
+                    for other, name in self.stands_for.items()
+                ),
+            ),
         )
 
     def _tell(self, problem: Problem) -> None:
@@ -362,12 +373,37 @@ class _Planner:
     def _take_tie(self, index: int, target: str, to: str, source: str) -> None:
         spec = self.targets[to]
         self.target_entries[target] = TargetEntry(tuple(spec.shape), spec.dtype, "tied", index, to)
-        if (copy := self.sources.get(source)) is not None and source not in self.shapes:
-            if tuple(copy.shape) != tuple(spec.shape):
-                self.misshapen.setdefault((index, tuple(spec.shape), tuple(copy.shape)), []).append(source)
-            if not is_convertible(copy.dtype, spec.dtype):
-                self.mistyped.setdefault((index, copy.dtype, spec.dtype), []).append(source)
-            self.source_entries[source] = SourceEntry(tuple(copy.shape), copy.dtype, "redundant", to)
+        self.tied.append((index, to, source))
+
+    def _settle_ties(self) -> None:
+        """A tied tensor may be stored under any of its names; under a second one it is a copy, to be compared."""
+        made_of: dict[str, set[str]] = {}
+        for copy in self.copies if self.tied else ():
+            made_of.setdefault(copy.target, set()).add(copy.source)
+        for index, to, other in self.tied:
+            if (found := self.sources.get(other)) is None or other in self.shapes:
+                continue
+            name = next(iter(made_of.get(to, ())), "")
+            if len(made_of.get(to, ())) == 1 and name in self.shapes and name not in self.sources:
+                self._read_instead(other, name, to)
+                continue
+            spec = self.targets[to]
+            if tuple(found.shape) != tuple(spec.shape):
+                self.misshapen.setdefault((index, tuple(spec.shape), tuple(found.shape)), []).append(other)
+            if not is_convertible(found.dtype, spec.dtype):
+                self.mistyped.setdefault((index, found.dtype, spec.dtype), []).append(other)
+            self.source_entries[other] = SourceEntry(tuple(found.shape), found.dtype, "redundant", to)
+
+    def _read_instead(self, other: str, name: str, to: str) -> None:
+        """Read ``other`` in the place of ``name``, which is not there: they are one tensor of the stock model."""
+        self.stands_for[other] = name
+        self.copies = [replace(copy, source=other) if copy.source == name else copy for copy in self.copies]
+        shape, rule = self.shapes[other] = self.shapes.pop(name)
+        for index, entries in self.missing.items():
+            for entry in entries:
+                self.present.update(entry.captures if entry.source == name else ())
+            self.missing[index] = [entry for entry in entries if entry.source != name]
+        self._check_source(rule, Missing(other, to, (), 1), shape, self.target_entries[to].dtype)
 
     def _check_consumption(self) -> None:
         """Each source's views must tile it: every element goes somewhere, none goes to two places."""
@@ -385,7 +421,8 @@ class _Planner:
                 by = tuple(dict.fromkeys(self.rules[copy.rule].where for copy in copies))
                 consumed.setdefault((by, wrong), {})[name] = [copy.target for copy in copies]
             if (spec := self.sources.get(name)) is not None:
-                self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "used")
+                note = self.stands_for.get(name, "")
+                self.source_entries[name] = SourceEntry(tuple(spec.shape), spec.dtype, "used", note)
         for (by, wrong), uses in consumed.items():
             self._tell(problems.not_consumed_once(by, uses, wrong))
 
@@ -407,7 +444,8 @@ class _Planner:
                 groups.setdefault(self._explain_unexpected(name), []).append(name)
         for (reason, fix), names in groups.items():
             has_base = self.mapping.base is not None
-            self._tell(problems.unexpected(self.mapping.name, names, reason, fix, can_drop=has_base))
+            others = self.sources.keys() - set(names)
+            self._tell(problems.unexpected(self.mapping.name, names, reason, fix, can_drop=has_base, others=others))
         uncovered = [
             name
             for name in self.targets
@@ -454,7 +492,9 @@ class _Planner:
             self.missing = {i: [e for e in each if not is_whole(e)] for i, each in self.missing.items()}
         for index, entries in self.missing.items():
             if entries and index == len(self.mapping.rules):
-                self._tell(problems.missing_outside(self.rules[index], [entry.source for entry in entries], free))
+                lost = {entry.source: entry.target for entry in entries}
+                others = (self.targets.keys() | self.ties.keys()) - set(lost.values())
+                self._tell(problems.missing_outside(self.rules[index], lost, free, others))
             elif entries:
                 self._tell(problems.missing(self.rules[index], entries, free))
         for (index, expected, found), names in self.misshapen.items():

@@ -126,9 +126,12 @@ def below(mapping: rules.Mapping, names: Iterable[str], path: str) -> dict[str, 
 
 
 def respell(plan: Plan, names: Mapping[str, str]) -> Plan:
-    """``plan`` with other names for its sources, where ``names`` has one."""
+    """``plan`` with other names for its sources, where ``names`` has one; as it is where two would have the same.
+
+    Two would when a tied tensor that was stored under its other name is tied no longer.
+    """
     used = {name: names.get(name, name) for name, entry in plan.sources.items() if entry.state != "ignored"}
-    if all(name == new for name, new in used.items()):
+    if all(name == new for name, new in used.items()) or len(set(used.values())) < len(used):
         return plan
     # What is ignored is nobody's but the checkpoint's, and keeps its name as far as that is free.
     ignored = {name: entry for name, entry in plan.sources.items() if name not in used}

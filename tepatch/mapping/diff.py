@@ -278,6 +278,8 @@ def _tensor_changes(name: str, before: _Seen, after: _Seen) -> Iterator[tuple[Ki
 def _fate(entry: SourceEntry) -> str:
     if entry.state == "redundant":
         return f"a copy of {entry.note}"
+    if entry.state == "used" and entry.note:
+        return f"used in the place of {entry.note}"
     return f"{entry.state} ({entry.note})" if entry.note else entry.state
 
 

@@ -7,13 +7,16 @@ capture, or small arithmetic on captures (``{layer + 1}``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from tepatch.mapping.expressions import Expression, ExpressionError, parse
 
 _PIECE = re.compile(r"\{([^{}]*)\}")
+_RUN = r"[0-9]{1,18}(?:\.\.[0-9]{1,18})?"
+_FOLDED = re.compile(rf"\{{({_RUN}(?:,{_RUN})*)\}}")
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-/]*\Z")
 
 
@@ -93,6 +96,40 @@ def fold(names: Iterable[str], limit: int = 4) -> list[str]:
     return out if len(out) <= limit else [*out[:limit], f"... and {len(out) - limit} more"]
 
 
+def listed(names: Collection[str], others: Collection[str] = ()) -> str:
+    """All of ``names`` as a list in Python that ``meant_by`` reads: folded, or if many the modules without ``others``.
+
+    >>> listed(["a.0.w", "a.1.w", "b"])
+    "['a.{0..1}.w', 'b']"
+    """
+    short = _folded(names)
+    if len(short) > 4 and others:
+        taken = {path for name in others for path in _paths(name)}
+        whole = (next((path for path in _paths(name) if path not in taken), name) for name in names)
+        short = _folded(dict.fromkeys(whole))
+    return repr(short)
+
+
+def meant_by(text: str) -> Callable[[str], bool]:
+    """Whether a name is meant by ``text``: that name, a module around it, or such names as ``fold`` writes them."""
+    path = text.rstrip(".")
+    literals, folded = _FOLDED.split(path)[0::2], _FOLDED.findall(path)
+    pattern = re.compile(_NUMBER.join(map(re.escape, literals)) + r"(?:\..*)?\Z", re.DOTALL)
+    ends = [[part.split("..") for part in each.split(",")] for each in folded]
+    domains = [[range(int(each[0]), int(each[-1]) + 1) for each in parts] for parts in ends]
+
+    def is_meant(name: str) -> bool:
+        if not path or name == path or name.startswith(f"{path}."):
+            return bool(path)
+        if not domains or (match := pattern.match(name)) is None:
+            return False
+        return all(
+            any(int(number) in each for each in domain) for number, domain in zip(match.groups(), domains, strict=True)
+        )
+
+    return is_meant
+
+
 def fold_numbers(numbers: Iterable[int]) -> str:
     """Numbers for a reader, runs folded: ``0..31`` or ``3,7,9..11``."""
     out, ordered, start = [], sorted(set(numbers)), 0
@@ -103,6 +140,20 @@ def fold_numbers(numbers: Iterable[int]) -> str:
     return ",".join(out)
 
 
+def _folded(names: Iterable[str]) -> list[str]:
+    """All of ``names``, folded over layers, and over experts in them."""
+    once = list(names)
+    while (more := fold(once, limit=len(once))) != once:
+        once = more
+    return once
+
+
+def _paths(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, the outermost first, and the tensor itself."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
 def _first_number(name: str) -> tuple[str, int, str]:
-    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    match = re.search(rf"(?<=\.){_NUMBER}(?=\.)", name)
     return (name, -1, "") if match is None else (name[: match.start()], int(match[0]), name[match.end() :])

@@ -108,7 +108,7 @@ class SourceEntry:
     dtype: str
     state: Literal["used", "ignored", "redundant"]
     note: str = ""
-    """Why it is ignored, or the parameter it must be equal to."""
+    """Why it is ignored, the parameter it must be equal to, or the tied tensor that it is read in the place of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tepatch.errors import Problem
-from tepatch.mapping.names import fold, fold_numbers
+from tepatch.mapping.names import fold, fold_numbers, listed
 from tepatch.mapping.rules import Located, Rule
 
 CONFIG_FIX = "check that config.json belongs to this checkpoint"
@@ -40,14 +40,18 @@ def missing(rule: Rule, entries: Sequence[Missing], free: Sequence[str]) -> Prob
     )
 
 
-def missing_outside(rule: Rule, names: Sequence[str], free: Sequence[str]) -> Problem:
-    """Tensors that the model has outside of its base (a head), and the checkpoint has not."""
-    close = _closest(names[0], free)
+def missing_outside(rule: Rule, names: Mapping[str, str], free: Sequence[str], others: Collection[str] = ()) -> Problem:
+    """Tensors that the model has outside of its base (a head), and the checkpoint has not.
+
+    ``names`` are the checkpoint's, each with the parameter's; ``others`` are the model's parameters besides.
+    """
+    close = _closest(next(iter(names)), free)
     return Problem(
         where=rule.where,
         what=f"{_count(names, 'tensor')} missing from the checkpoint, of what is around the base model",
         details=tuple(fold(names)),
-        fix=f"to draw them as a new model's: fresh={_listed(names)}" + (f"; or did you mean {close}?" if close else ""),
+        fix=f"to draw them as a new model's: fresh={listed(names.values(), others)}"
+        + (f"; or did you mean {close}?" if close else ""),
     )
 
 
@@ -77,9 +81,15 @@ def beyond(capture: str, count: Located, domain: Sequence[int]) -> tuple[str, st
     return f"'{capture}' is {known} ({count} in the config), the checkpoint has more", CONFIG_FIX
 
 
-def unexpected(mapping: str, names: Sequence[str], reason: str, fix: str, *, can_drop: bool) -> Problem:
-    """Tensors of the checkpoint that no rule uses. With ``can_drop`` they may be of another class's head."""
-    drop = f"if this class has no place for them, leave them out: drop={_listed(names)}; else " if can_drop else ""
+def unexpected(
+    mapping: str, names: Sequence[str], reason: str, fix: str, *, can_drop: bool, others: Collection[str] = ()
+) -> Problem:
+    """Tensors of the checkpoint that no rule uses; ``others`` are those besides.
+
+    With ``can_drop`` they may be of another class's head.
+    """
+    chosen = f"drop={listed(names, others)}" if can_drop else ""
+    drop = f"if this class has no place for them, leave them out: {chosen}; else " if chosen else ""
     return Problem(
         where=mapping,
         what=f"{_count(names, 'tensor')} of the checkpoint that no rule uses",
@@ -173,12 +183,5 @@ def _closest(name: str, candidates: Sequence[str]) -> str:
     return next(iter(difflib.get_close_matches(name, same[:1000], n=1, cutoff=0.8)), "")
 
 
-def _listed(names: Sequence[str], limit: int = 4) -> str:
-    """Names as a list in Python; of many only the modules that they are of."""
-    short = list(names) if len(names) <= limit else list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    more = ", ..." if len(short) > limit else ""
-    return "[" + ", ".join(f"'{name}'" for name in short[:limit]) + more + "]"
-
-
-def _count(names: Sequence[str], noun: str) -> str:
+def _count(names: Collection[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) != 1 else ''}"

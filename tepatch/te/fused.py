@@ -285,6 +285,10 @@ class StandIn(nn.Module):
     def training(self, mode: bool) -> None:
         pass
 
+    @training.deleter
+    def training(self) -> None:
+        """Nothing was set: for whoever sets it for a while (``unittest.mock``)."""
+
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to what the stock module makes of it, with the parameters as they are now."""
         raise NotImplementedError

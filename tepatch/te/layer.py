@@ -71,15 +71,20 @@ class AcceleratedLayer(nn.Module):
 
         What Hugging Face sets computes the layer again in the backward pass, when no autocast is in force any more.
         """
-        if "_checkpoint_function" not in self.__dict__:
+        if "_gradient_checkpointing_func" not in self.__dict__:
             raise AttributeError("_gradient_checkpointing_func")
-        function: Callable[..., Any] = self.__dict__["_checkpoint_function"]
+        function: Callable[..., Any] = self.__dict__["_gradient_checkpointing_func"]
         is_quantized = recipe_in_force() is not None if self.precision is None else self.precision.quantizes
         return _checkpoint_of_te(function) if is_quantized else function
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
-        self.__dict__["_checkpoint_function"] = function
+        self.__dict__["_gradient_checkpointing_func"] = function  # where it is in the stock layer
+
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        if self.__dict__.pop("_gradient_checkpointing_func", None) is None:
+            raise AttributeError("_gradient_checkpointing_func")
 
     def train(self, mode: bool = True) -> Self:
         if mode:

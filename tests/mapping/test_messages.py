@@ -75,7 +75,7 @@ llama.yaml does not fit models/small (2 problems)
 llama.yaml:8:5: this layer computes SwiGLU
   expected: hidden_act == 'silu'
   found:    config.hidden_act = 'gelu'
-  fix: this patch can not serve this model; load it with transformers
+  fix: this patch can not serve this model
 llama.yaml: 1 tensor of the checkpoint that no rule uses
   model.rotary.inv_freq
   fix: add a rule, or list it under 'ignore' with the reason"""
