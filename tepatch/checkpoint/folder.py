@@ -74,6 +74,7 @@ def open_checkpoint(
     return FolderCheckpoint(
         location=str(folder),
         tensors=MappingProxyType(tensors),
+        entry=entry,
         files=files,
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
         config_folder=folder,
@@ -88,6 +89,8 @@ class FolderCheckpoint:
 
     location: str
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    entry: str
+    """The only file, or the index."""
     files: tuple[str, ...]
     also_present: tuple[str, ...]
     config_folder: Path
