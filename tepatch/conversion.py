@@ -146,6 +146,8 @@ def convert(
     ) as job:
         layout = _wanted(to, job)
         plan = _plan(job, layout, dtype)
+        assert isinstance(job.checkpoint, FolderCheckpoint)  # nothing of it is fresh
+        checkpoint = job.checkpoint
     written_dtype = job.dtype if layout == NATIVE else _only_dtype(plan)
     other_class = "" if auto_class is None else type(job.model).__name__
     files, left = _companions(checkpoint, written_dtype, given, other_class)

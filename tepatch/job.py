@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tepatch.checkpoint import Checkpoint
+from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem
 from tepatch.hf.config import AutoClass, ConfigFields, model_class, read_config, text_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
 from tepatch.hf.model import build_on_meta, target_specs
-from tepatch.hf.names import spelt_names
+from tepatch.hf.names import are_found, spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
@@ -67,7 +68,7 @@ class Job:
     stock: Plan
     """Parameters and the stock model's own tensors: ``relation`` in the names that transformers has in memory."""
     spelling: Mapping[str, str]
-    """The stock model's name -> the checkpoint's, where they differ."""
+    """The stock model's name -> the checkpoint's, where they differ and transformers finds the checkpoint's."""
     is_wrapped: bool
     """Whether the mapping reads the config of the language model that a model wraps."""
     layout: str
@@ -120,6 +121,8 @@ def settle(
         built = time.perf_counter()
         targets, ties = target_specs(model, wanted)
         places = _Places(model, rules, targets, ties)
+        if isinstance(checkpoint, FolderCheckpoint) and cls.__name__ in (config.architectures or (cls.__name__,)):
+            checkpoint = _without_prefix(places, rules, checkpoint)
         dropped: list[str] = []
         notes: tuple[str, ...] = ()
         if fresh or drop:
@@ -138,7 +141,7 @@ def settle(
             relation=relation,
             reading=reading,
             stock=respell(relation, spelling.stock()),
-            spelling=spelling.names,
+            spelling=spelling.names if are_found(model, spelling.names) else {},
             is_wrapped=is_wrapped,
             layout=layout,
             others=planner.others,
@@ -156,6 +159,8 @@ class _Seen:
     rules: Rules
     source: str
     """The base's path in the checkpoint."""
+    around: str
+    """Where the whole model is in the checkpoint, if that is of a model that wraps it."""
     rest: Mapping[str, str]
     """The checkpoint's name of each parameter outside the base that has another there."""
     spelling: Spelling
@@ -186,6 +191,7 @@ class _Places:
         return _Seen(
             rules=move_base(rules, source=source, target=self.base),
             source=source,
+            around=around,
             rest=rest,
             spelling=spell(rest, inside, target=self.base if rules.base is not None else None),
         )
@@ -193,6 +199,30 @@ class _Places:
     def stock(self, rules: Rules) -> Rules:
         """``rules`` in the stock model's own names."""
         return move_base(rules, source=self.base, target=self.base)
+
+
+def _without_prefix(places: _Places, rules: Rules, checkpoint: FolderCheckpoint) -> FolderCheckpoint:
+    """The checkpoint by the stock model's names, if all of its names begin with something that nobody looks for."""
+    if checkpoint.manifest is not None:
+        return checkpoint
+    seen = places.seen(rules, checkpoint.tensors, checkpoint.location)
+    if are_found(places.model, seen.spelling.names):
+        return checkpoint
+    names = {}
+    for name in checkpoint.tensors:
+        path, place = next(
+            ((path, place) for path, place in ((seen.source, places.base), (seen.around, "")) if is_below(name, path)),
+            ("", ""),
+        )
+        names[name] = joined(place, name[len(path) + 1 :]) if path else name
+    if len({*names.values()}) < len(names):
+        return checkpoint  # making the plan tells what is wrong with it
+    prefix = seen.around or seen.source
+    return replace(
+        checkpoint,
+        tensors={names[name]: replace(info, name=names[name]) for name, info in checkpoint.tensors.items()},
+        wrappers=(*checkpoint.wrappers, prefix),
+    )
 
 
 def _completed(
@@ -318,7 +348,9 @@ class _Planner:
 
     def _notes(self) -> tuple[str, ...]:
         unread = (f"{name} is also in the folder and was not read" for name in self.checkpoint.also_present)
-        return (*self.choices, *unread)
+        taken = ", ".join(f"'{part}'" for part in self.checkpoint.wrappers)
+        stripped = [f"{taken} of wrappers around modules left out of names, and not saved again"] if taken else []
+        return (*self.choices, *unread, *stripped)
 
     def _layout_rules(self, layout: str) -> Rules:
         return read_mapping(self.patch.mapping_path(layout))

@@ -22,6 +22,7 @@ from tepatch.checkpoint.pickled import read_pickled_header
 from tepatch.checkpoint.reading import FileStamp, open_shard
 from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
+from tepatch.checkpoint.wrappers import unwrapped
 from tepatch.errors import CheckpointError, Problem
 
 _DOWNLOAD_AGAIN = "download or copy the checkpoint again"
@@ -71,12 +72,16 @@ def open_checkpoint(
     problems += _broken_promises(expected, headers, tensors, folder=folder, index=entry)
     if problems:
         raise CheckpointError(problems)
+    wrappers: tuple[str, ...] = ()
+    if entry not in NATIVE:  # whose names are what tepatch has written
+        tensors, wrappers = unwrapped(tensors, str(folder))
     return FolderCheckpoint(
         location=str(folder),
         tensors=MappingProxyType(tensors),
         entry=entry,
         files=files,
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
+        wrappers=wrappers,
         config_folder=folder,
         manifest=read_manifest(folder) if entry in NATIVE else None,
         stamps=MappingProxyType(stamps),
@@ -93,6 +98,7 @@ class FolderCheckpoint:
     """The only file, or the index."""
     files: tuple[str, ...]
     also_present: tuple[str, ...]
+    wrappers: tuple[str, ...]
     config_folder: Path
     manifest: Manifest | None
     stamps: Mapping[str, FileStamp] = field(repr=False)

@@ -104,7 +104,7 @@ class SafetensorsReader:
 
         self._stamp.verify()
         try:
-            tensor = self._file.get_tensor(info.name)
+            tensor = self._file.get_tensor(info.in_file)
         except (OSError, SafetensorError) as error:
             raise _unreadable(self._stamp, info, found=str(error)) from error
         return as_promised(tensor, info, self._stamp)
@@ -270,9 +270,9 @@ class PickledReader:
     def read(self, info: TensorInfo, /) -> torch.Tensor:
         """The tensor as a memory map of the file; it may be a view with strides of its own."""
         self._stamp.verify()
-        if info.name not in self._tensors:
+        if info.in_file not in self._tensors:
             raise _unreadable(self._stamp, info, found="no such tensor among the open ones")
-        return as_promised(self._tensors[info.name], info, self._stamp)
+        return as_promised(self._tensors[info.in_file], info, self._stamp)
 
     def close(self) -> None:
         """Let go of the file; tensors that are still held keep their own map of it."""

@@ -36,6 +36,7 @@ class FreshWeights:
         """Where tensors are made; to be set before the first is read."""
         self.location = f"fresh {type(stock).__name__}"
         self.also_present: tuple[str, ...] = ()
+        self.wrappers: tuple[str, ...] = ()
         self.config_folder = Path()
         self.manifest = None
 

@@ -7,11 +7,14 @@ is the plan's affair, and a name that finds no parameter this way is told as une
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def spelt_names(
@@ -39,6 +42,15 @@ def spelt_names(
     return out
 
 
+def are_found(model: PreTrainedModel, spelling: Mapping[str, str]) -> bool:
+    """Whether transformers finds the tensors of ``model`` in a checkpoint that spells them so (the model's -> its)."""
+    alike = {tuple(_NUMBER.sub("#", name) for name in pair): pair for pair in spelling.items()}  # layers are alike
+    if not alike:
+        return True
+    rename = _Renaming(model, "")
+    return all(rename.target(ours) in rename.targets(theirs) for ours, theirs in alike.values())
+
+
 class _Renaming:
     """What transformers may make of a checkpoint's name before it looks for it in ``model``."""
 
@@ -51,11 +63,19 @@ class _Renaming:
         self._prefix = f"{model.base_model_prefix}."
         self._around = around
 
-    def candidates(self, name: str) -> Iterator[str]:
+    def target(self, name: str) -> str:
         from transformers.core_model_loading import rename_source_key
 
         renamed, _ = rename_source_key(name, self._renamings, [])
-        for each in dict.fromkeys((renamed, name)):
+        return renamed
+
+    def targets(self, name: str) -> tuple[str, ...]:
+        """Where a tensor may go: with the base model's prefix, or without."""
+        renamed = self.target(name)
+        return renamed, renamed.removeprefix(self._prefix), self._prefix + renamed
+
+    def candidates(self, name: str) -> Iterator[str]:
+        for each in dict.fromkeys((self.target(name), name)):
             yield each
             yield each.removeprefix(self._prefix)
             yield self._prefix + each
