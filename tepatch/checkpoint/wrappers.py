@@ -7,6 +7,7 @@ reads the file knows them: everywhere else a name is without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -14,13 +15,8 @@ from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.listing import counted, shortened
 from tepatch.errors import CheckpointError, Problem
 
-_PARTS = frozenset(
-    (
-        *("_orig_mod", "module", "_module"),  # torch.compile; DDP, DataParallel, DeepSpeed; Opacus
-        *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"),  # FSDP, its older name, checkpointing
-        "_forward_module",  # Lightning
-    )
-)
+# torch.compile; FSDP; checkpointing; DDP, DataParallel and DeepSpeed, with _ Opacus; FSDP before torch 1.13; Lightning.
+_PART = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_?module|_fpw_module|_forward_module")
 _PEFT = "base_model.model"
 """Where PEFT keeps the model: before all names, or before none."""
 _PEFT_LAYER = "base_layer"
@@ -36,7 +32,7 @@ def unwrapped_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ..
     taken: dict[str, None] = {}
     for name in names:
         *path, leaf = name.split(".")
-        found = _PARTS.intersection(path)
+        found = {part for part in path if _PART.fullmatch(part)}
         out[name] = ".".join((*(part for part in path if part not in found), leaf)) if found else name
         taken |= dict.fromkeys(sorted(found))
     while out and all(name.startswith(f"{_PEFT}.") for name in out.values()):

@@ -51,6 +51,24 @@ def are_found(model: PreTrainedModel, spelling: Mapping[str, str]) -> bool:
     return all(rename.target(ours) in rename.targets(theirs) for ours, theirs in alike.values())
 
 
+def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What transformers calls tensors of a checkpoint in ``model``, for those of ``names`` that it renames."""
+    rename = _Renaming(model, "")
+    return {name: new for name in names if (new := rename.target(name)) != name}
+
+
+def keep_renamings(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Keep with ``model`` what transformers renames of a checkpoint's ``names`` when it loads them.
+
+    It does so itself for a model that it loads, and turns it round when that is saved.
+    """
+    rename = _Renaming(model, "")
+    for name in {_NUMBER.sub("0", name) for name in names}:  # layers are alike
+        rename.target(name)  # which marks what it uses
+    kept = [each for each in rename.renamings if each.was_used()]
+    model._weight_conversions = kept  # type: ignore[assignment]
+
+
 class _Renaming:
     """What transformers may make of a checkpoint's name before it looks for it in ``model``."""
 
@@ -59,14 +77,14 @@ class _Renaming:
         from transformers.core_model_loading import WeightRenaming
 
         # Conversions of tensors (fused experts) are left out: a name that stands for a part of a parameter is no name.
-        self._renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+        self.renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
         self._prefix = f"{model.base_model_prefix}."
         self._around = around
 
     def target(self, name: str) -> str:
         from transformers.core_model_loading import rename_source_key
 
-        renamed, _ = rename_source_key(name, self._renamings, [])
+        renamed, _ = rename_source_key(name, self.renamings, [])
         return renamed
 
     def targets(self, name: str) -> tuple[str, ...]:
