@@ -159,18 +159,23 @@ _TORCH = (
         "what torch.ao's quantization sets at every module before it exchanges those of the classes that it knows",
         ("tepatch.te.fused",),
     ),
-    Borrowed("torch", "_orig_mod", "where torch.compile keeps the module that it wraps", ("tepatch.hf.exporting",)),
+    Borrowed(
+        "torch",
+        "_orig_mod",
+        "where torch.compile keeps the module that it wraps, and the part that it adds to names",
+        ("tepatch.checkpoint.wrappers", "tepatch.hf.exporting"),
+    ),
     Borrowed(
         "torch",
         "_fsdp_wrapped_module",
         "the part that FullyShardedDataParallel adds to the names of what it wraps",
-        ("tepatch.hf.named",),
+        ("tepatch.checkpoint.wrappers", "tepatch.hf.named"),
     ),
     Borrowed(
         "torch",
         "_checkpoint_wrapped_module",
         "the part that torch's wrapper for activation checkpointing adds to names",
-        ("tepatch.hf.named",),
+        ("tepatch.checkpoint.wrappers", "tepatch.hf.named"),
     ),
     Borrowed(
         "torch",
@@ -316,6 +321,12 @@ _TRANSFORMERS = (
         "_hf_peft_config_loaded",
         "set by add_adapter: then save_pretrained saves adapters only, and nothing is to be translated",
         ("tepatch.hf.saving",),
+    ),
+    Borrowed(
+        "transformers",
+        "_weight_conversions",
+        "what of a checkpoint's names from_pretrained has changed: save_pretrained turns it round",
+        ("tepatch.hf.names", "tepatch.hf.saving"),
     ),
     Borrowed(
         "transformers",

@@ -34,14 +34,13 @@ from tepatch.mapping import Plan
 from tepatch.mapping.plan import is_convertible
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
-from tepatch.storing import MAX_SHARD_SIZE, Outline, companions
+from tepatch.storing import CONFIGS, MAX_SHARD_SIZE, Outline, companions
 from tepatch.tensors import Parameters, Tensors, on_cpu_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Layout = Literal["te", "hf"]
-CONFIGS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +149,8 @@ def convert(
     ) as job:
         layout = _wanted(to, job)
         plan = _plan(job, layout, dtype)
+        assert isinstance(job.checkpoint, FolderCheckpoint)  # nothing of it is fresh
+        checkpoint = job.checkpoint
         promise = promised(job)
     written_dtype = job.dtype if layout == NATIVE else _only_dtype(plan)
     other_class = "" if auto_class is None else type(job.model).__name__
@@ -293,7 +294,7 @@ def _companions(
     ``config`` that was passed.
     """
     folder = checkpoint.config_folder
-    files, notes = companions(folder)
+    files, notes = companions(folder, known=(*checkpoint.files, checkpoint.entry, *checkpoint.also_present))
     for name in CONFIGS:
         if not (folder / name).exists():
             continue
@@ -305,7 +306,7 @@ def _companions(
     if config is not None:
         files["config.json"] = config.to_json_string().encode()
         notes.append("config.json is the config that was passed")
-    if "config.json" in files and (dtype is not None or other_class):
+    if "config.json" in files:
         data = parse_json(files["config.json"], where=str(folder / "config.json"), subject="text")
         changes: dict[str, Any] = {}
         said, wanted = data.get("dtype", data.get("torch_dtype")), str(dtype).removeprefix("torch.")
@@ -315,7 +316,7 @@ def _companions(
         if other_class and data.get("architectures") != [other_class]:
             # Else transformers would look for the tensors of the class that it was, and draw what it does not find.
             changes["architectures"] = [other_class]
-        if changes:
+        if data.pop("transformers_weights", None) is not None or changes:  # weights get names of their own
             files["config.json"] = (json.dumps({**data, **changes}, indent=2) + "\n").encode()
     return files, notes
 

@@ -15,7 +15,7 @@ import torch
 
 from tepatch.assembly import check_constants
 from tepatch.checkpoint import dtype_code, torch_dtype
-from tepatch.checkpoint.resolve import is_tokenizer
+from tepatch.checkpoint.resolve import is_tokenizer, weight_files
 from tepatch.checkpoint.staging import Staging
 from tepatch.errors import Problem, SaveError, visible
 from tepatch.hf.config import told
@@ -84,7 +84,7 @@ def save(
     if report.config_folder is not None:
         source = Path(report.config_folder)
         if source.is_dir():
-            tokenizer, left = companions(source, select=is_tokenizer)
+            tokenizer, left = companions(source, select=is_tokenizer, known=weight_files(source))
             files = {**tokenizer, **files}
             notes += left
             if tokenizer:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tepatch.checkpoint import Checkpoint
+from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.listing import MAX_NAMED
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.errors import PlanError, Problem, TepatchError
@@ -30,7 +31,7 @@ from tepatch.hf.config import AutoClass, ConfigFields, blamed, model_class, read
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed, chosen
 from tepatch.hf.model import build_on_meta, keep_in_float32, target_specs
-from tepatch.hf.names import spelt_names
+from tepatch.hf.names import are_found, spelt_names
 from tepatch.mapping import Plan, make_export_plan, make_plan, read_mapping
 from tepatch.mapping.accounting import count_problems, requirement_problems
 from tepatch.mapping.base import Spelling, below, find_base, joined, move_base, respell, spell
@@ -70,7 +71,7 @@ class Job:
     stock: Plan
     """Parameters and the stock model's own tensors: ``relation`` in the names that transformers has in memory."""
     spelling: Mapping[str, str]
-    """The stock model's name -> the checkpoint's, where they differ."""
+    """The stock model's name -> the checkpoint's, where they differ and transformers finds the checkpoint's."""
     is_wrapped: bool
     """Whether the mapping reads the config of the language model that a model wraps."""
     layout: str
@@ -132,6 +133,8 @@ def settle(
         built = time.perf_counter()
         targets, ties = target_specs(model, wanted)
         places = _Places(model, rules, targets, ties)
+        if isinstance(checkpoint, FolderCheckpoint) and cls.__name__ in (config.architectures or (cls.__name__,)):
+            checkpoint = _without_prefix(places, rules, checkpoint)
         dropped: list[str] = []
         notes: tuple[str, ...] = ()
         if fresh or drop:
@@ -192,6 +195,8 @@ class _Seen:
     rules: Rules
     source: str
     """The base's path in the checkpoint."""
+    around: str
+    """Where the whole model is in the checkpoint, if that is of a model that wraps it."""
     rest: Mapping[str, str]
     """The checkpoint's name of each parameter outside the base that has another there."""
     spelling: Spelling
@@ -226,9 +231,16 @@ class _Places:
         return _Seen(
             rules=move_base(rules, source=source, target=self.base),
             source=source,
+            around=around,
             rest=rest,
             spelling=spell(rest, inside, target=self.base if rules.base is not None else None),
         )
+
+    def are_found(self, spelling: Spelling) -> bool:
+        """Whether transformers finds the model's tensors by these names."""
+        model = self._model()
+        assert model is not None
+        return are_found(model, spelling.names)
 
     def spelled(self, rules: Rules, relation: Plan) -> tuple[dict[str, str], dict[str, str]]:
         """The stock model's name -> that of a tensor in ``relation``, and back, where they differ."""
@@ -237,11 +249,36 @@ class _Places:
         stock = spelling.stock()
         # A tied tensor that is stored under its other name goes by the first in memory.
         tied = {stock.get(first, first): name for first, name in other.items()}
-        return {**spelling.names, **tied}, {**stock, **{name: first for first, name in tied.items()}}
+        own = spelling.names if self.are_found(spelling) else {}  # else what is saved would be found by nobody
+        return {**own, **tied}, {**stock, **{name: first for first, name in tied.items()}}
 
     def stock(self, rules: Rules) -> Rules:
         """``rules`` in the stock model's own names."""
         return move_base(rules, source=self.base, target=self.base)
+
+
+def _without_prefix(places: _Places, rules: Rules, checkpoint: FolderCheckpoint) -> FolderCheckpoint:
+    """The checkpoint by the stock model's names, if all of its names begin with something that nobody looks for."""
+    if checkpoint.manifest is not None:
+        return checkpoint
+    seen = places.seen(rules, checkpoint.tensors, checkpoint.location)
+    if places.are_found(seen.spelling):
+        return checkpoint
+    names = {}
+    for name in checkpoint.tensors:
+        path, place = next(
+            ((path, place) for path, place in ((seen.source, places.base), (seen.around, "")) if is_below(name, path)),
+            ("", ""),
+        )
+        names[name] = joined(place, name[len(path) + 1 :]) if path else name
+    if len({*names.values()}) < len(names):
+        return checkpoint  # making the plan tells what is wrong with it
+    prefix = seen.around or seen.source
+    return replace(
+        checkpoint,
+        tensors={names[name]: replace(info, name=names[name]) for name, info in checkpoint.tensors.items()},
+        wrappers=(*checkpoint.wrappers, prefix),
+    )
 
 
 def _completed(
@@ -264,8 +301,8 @@ def _completed(
         )
     model_class, where = type(stock.stock).__name__, checkpoint.location
     aliases = places.seen(rules, checkpoint.tensors, where).spelling.stock()
-    listed = (*checkpoint.tensors, *checkpoint.others, *checkpoint.absent)
-    names = {name: aliases.get(name, name) for name in listed}
+    known = (*checkpoint.tensors, *checkpoint.others, *checkpoint.absent)
+    names = {name: aliases.get(name, name) for name in known}
     dropped = chosen(drop, names, argument="drop", of="the checkpoint")
     made = chosen(fresh, {name: name for name in stock.tensors}, argument="fresh", of=model_class)
     kept = [name for name in checkpoint.tensors if name not in dropped]
@@ -411,7 +448,9 @@ class _Planner:
         absent = self.checkpoint.absent
         names = ", ".join(fold(absent, 3))
         gone = (f"the index names {len(absent)} tensors that no file holds: {names}",) if absent else ()
-        return (*self.choices, *unread, *gone)
+        taken = ", ".join(f"'{part}'" for part in self.checkpoint.wrappers)
+        stripped = (f"{taken} of wrappers around modules left out of names, and not saved again",) if taken else ()
+        return (*self.choices, *unread, *gone, *stripped)
 
     def _layout_rules(self, layout: str) -> Rules:
         return read_mapping(self.patch.mapping_path(layout))

@@ -23,6 +23,7 @@ from tepatch.hf.config import AutoClass, unknown_architectures
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
+from tepatch.hf.names import keep_renamings
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
 from tepatch.hf.sharding import Parallelize, check_mesh, shard
 from tepatch.hf.stand_ins import install_stand_ins
@@ -390,6 +391,8 @@ def _execute(
     if quantized is not None:
         quantized.attach_initial(job.model)
     installed = time.perf_counter() - started
+    if not isinstance(job.checkpoint, FreshWeights):
+        keep_renamings(job.model, job.relation.sources)
     job.model.tepatch = Report(  # type: ignore[assignment]
         patch=job.patch.name,
         backend=job.modules.name,

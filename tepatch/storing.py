@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import xxhash
 from tepatch.assembly import Digests, Pieces, Read, WriteAt, damaged, is_out_of_memory, write_tensor
 from tepatch.checkpoint import TensorInfo
 from tepatch.checkpoint.containment import file_inside
+from tepatch.checkpoint.manifest import MANIFEST, printable
 from tepatch.checkpoint.resolve import is_companion
 from tepatch.checkpoint.staging import Staging
 from tepatch.checkpoint.writing import Shard, index_json, index_name, plan_shards
@@ -32,6 +33,8 @@ MAX_SHARD_SIZE = "5GB"
 """Default size of the files of a checkpoint."""
 SHARDS_AT_ONCE = 2
 """One that is being written, and one that is being brought to the disk."""
+CONFIGS = ("config.json", "generation_config.json")
+"""A model's settings, which are written with its weights."""
 MAX_COMPANION_BYTES = 1 << 28
 """A file beside the weights that is larger than this is left where it is."""
 
@@ -169,24 +172,29 @@ def write_at(file: int, data: memoryview, position: int) -> None:
         data, position = data[count:], position + count
 
 
-def companions(folder: Path, *, select: Callable[[str], bool] = is_companion) -> tuple[dict[str, bytes], list[str]]:
+def companions(
+    folder: Path, *, select: Callable[[str], bool] = is_companion, known: Collection[str] = ()
+) -> tuple[dict[str, bytes], list[str]]:
     """The files beside a checkpoint's weights that belong to the model (tokenizer, templates, licence), and notes.
 
-    Not its config. ``select`` chooses by name. Weights in other formats and what a Trainer leaves behind are not
-    among them; a sub-folder or a file of more than ``MAX_COMPANION_BYTES`` is left where it is, and a note says so.
-    Raises ``CheckpointError`` for a link that leads out of the folder.
+    Not its config. ``select`` chooses by name. Whatever else is there is left where it is, and a note says so: files
+    that are not chosen or have more than ``MAX_COMPANION_BYTES``, and sub-folders. Not told are the settings that are
+    written anew, and files of the checkpoint that are ``known`` to be read or told. Raises ``CheckpointError`` for a
+    link that leads out of the folder.
     """
     out: dict[str, bytes] = {}
     left: list[str] = []
+    told = {*CONFIGS, MANIFEST, *(name.split("/")[0] for name in known)}
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(Problem(where=str(folder), what="cannot be read", found=str(error))) from error
     for name in names:
+        if name in told:
+            continue
         is_folder = (folder / name).is_dir()
-        if is_folder and is_companion(name):
-            left.append(f"{name}/")
         if is_folder or not select(name):
+            left.append(f"{printable(name)}{'/' if is_folder else ''}")
             continue
         path = file_inside(folder, name)
         try:

@@ -32,6 +32,7 @@ import torch.utils.checkpoint
 import transformers
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, fsdp_utils, modeling, offload_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -48,11 +49,14 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
     DynamicCache,
     Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MixtralConfig,
     MixtralForCausalLM,
@@ -830,6 +834,27 @@ def models_with_adapters(folder: Path) -> None:
         model.save_pretrained(folder)
     assert not list(folder.glob("model*.safetensors"))
     assert list(folder.glob("adapter_model*"))
+
+
+@check("transformers", "_weight_conversions")
+def names_that_were_changed_on_loading(folder: Path) -> None:
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=5)
+    model: Any = LlavaForConditionalGeneration(config)
+    memory = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, names in (("old", None), ("new", memory)):
+        model.save_pretrained(folder / name)
+        if names is not None:
+            save_file(names, folder / name / "model.safetensors", metadata={"format": "pt"})
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder / name)
+        assert bool(loaded._weight_conversions) is (names is None)
+        assert all(each.was_used() for each in loaded._weight_conversions)
+        loaded.save_pretrained(folder / "again")
+        again, held = (load_file(folder / each / "model.safetensors") for each in ("again", name))
+        assert again.keys() == held.keys()
+        loaded._weight_conversions = []
+        loaded.save_pretrained(folder / "again")
+        assert load_file(folder / "again" / "model.safetensors").keys() == memory.keys()
 
 
 @check("transformers", "_name_or_path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,55 @@ def test_a_wrapping_model_takes_names_as_it_has_them_in_memory(saved: Callable[.
     theirs, folder = saved("AutoModelForImageTextToText", llava())
     save_file(theirs.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     assert same(tepatch.load("auto", folder).state_dict(), theirs.state_dict())
+
+
+def other_wrappers() -> dict[str, Callable[[], Any]]:
+    """Models around a Llama, whose names transformers changes in different ways, or not at all."""
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    clip, text = hf.CLIPVisionConfig(**vision), llama()
+    around = {"vision_config": clip, "text_config": text}
+    return {
+        "Llava": lambda: hf.LlavaForConditionalGeneration(llava()),
+        "LlavaModel": lambda: hf.LlavaModel(llava()),
+        "LlavaNext": lambda: hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(**around)),
+        "VipLlava": lambda: hf.VipLlavaForConditionalGeneration(
+            hf.VipLlavaConfig(**around, vision_feature_layers=[-1, -2])
+        ),
+        "Idefics3": lambda: hf.Idefics3ForConditionalGeneration(
+            hf.Idefics3Config(vision_config=vision, text_config=text)
+        ),
+    }
+
+
+@pytest.mark.parametrize("generation", ["on disk", "in memory", "with older parts"])
+@pytest.mark.parametrize("kind", ["Llava", "LlavaModel", "LlavaNext", "VipLlava", "Idefics3"])
+def test_save_pretrained_writes_the_names_of_the_stock_round_trip(kind: str, generation: str, tmp_path: Path) -> None:
+    theirs = other_wrappers()[kind]()
+    theirs.save_pretrained(tmp_path / "checkpoint")
+    tensors = tensors_in(tmp_path / "checkpoint")
+    if generation == "in memory":
+        tensors = dict(theirs.state_dict())
+    elif generation == "with older parts":
+        tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in tensors.items()}
+    save_file(tensors, tmp_path / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    tepatch.convert("auto", tmp_path / "checkpoint", tmp_path / "te")
+    type(theirs).from_pretrained(tmp_path / "checkpoint").save_pretrained(tmp_path / "stock")
+    for source in ("checkpoint", "te"):
+        ours = tepatch.load("auto", tmp_path / source)
+        ours.save_pretrained(tmp_path / "ours")
+        assert same(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "stock")), source
+    held = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    ours.load_state_dict(tensors_in(tmp_path / "ours"))  # as Trainer does, which loses them in the stock model
+    assert same(ours.state_dict(), held)
+    copied = pickle.loads(pickle.dumps(ours))
+    copied.save_pretrained(tmp_path / "copied")
+    assert same(tensors_in(tmp_path / "copied"), tensors_in(tmp_path / "stock"))
 
 
 def test_the_text_of_a_wrapping_checkpoint_is_loaded_alone(saved: Callable[..., Any]) -> None:

@@ -180,23 +180,6 @@ def test_copies_save_themselves(tiny_llama: Make, save_checkpoint: Save, tmp_pat
         assert (tensors_in(tmp_path / str(index))["model.layers.0.mlp.up_proj.weight"] == index + 1).all()
 
 
-def test_names_are_not_translated_a_second_time_by_transformers(
-    tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
-) -> None:
-    """Classes whose names in memory differ from the checkpoint's have such rules; Llama is given one here."""
-    from transformers.core_model_loading import WeightRenaming
-
-    stock = tiny_llama()
-    folder = save_checkpoint(stock)
-    model = load(folder)
-    for each in (stock, model):
-        each._weight_conversions = [WeightRenaming("feed_forward", "mlp")]
-    stock.save_pretrained(tmp_path / "theirs")
-    assert any("feed_forward" in name for name in tensors_in(tmp_path / "theirs")), "the rule is one"
-    model.save_pretrained(tmp_path / "ours")
-    assert_equal(tensors_in(tmp_path / "ours"), tensors_in(folder))
-
-
 # -- a state dict that is passed --
 
 

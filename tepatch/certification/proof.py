@@ -410,7 +410,7 @@ def _record(
 
     digests = each(_advancing(digest, bar, checkpoint, of=lambda name: not side.holds_originals), checkpoint.tensors)
     stored = {
-        name: StoredRecord(
+        info.in_file: StoredRecord(
             file=info.file,
             offset=info.offset,
             bytes=info.nbytes,
@@ -418,7 +418,7 @@ def _record(
             shape=tuple(info.shape),
             sha256=sha256,
         )
-        for (name, info), sha256 in zip(checkpoint.tensors.items(), digests, strict=True)
+        for info, sha256 in zip(checkpoint.tensors.values(), digests, strict=True)
     }
     weights = weight_records(checkpoint.config_folder, checkpoint.files)
     beside = beside_weights(checkpoint.config_folder, checkpoint.files, hash_all=hash_all, each=each)

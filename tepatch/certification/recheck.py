@@ -319,5 +319,5 @@ def _digests(checkpoint: FolderCheckpoint, workers: int) -> dict[str, tuple[str,
     """Dtype, shape and sha256 of every tensor of a checkpoint."""
     with Tensors(checkpoint) as tensors, ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda name: tensor_digest(tensors.read(name)), checkpoint.tensors)
-        infos = checkpoint.tensors.items()
-        return {n: (info.dtype, tuple(info.shape), sha256) for (n, info), sha256 in zip(infos, found, strict=True)}
+        infos = checkpoint.tensors.values()
+        return {i.in_file: (i.dtype, tuple(i.shape), sha256) for i, sha256 in zip(infos, found, strict=True)}

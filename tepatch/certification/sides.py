@@ -184,7 +184,6 @@ def open_side(
     """
     config = given_config(None, checkpoint)
     resolved = find_patch(patch, config, plugins)
-    tensors = stack.enter_context(Tensors(checkpoint))
     native = checkpoint.manifest is not None
     chosen = checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype
 
@@ -211,7 +210,7 @@ def open_side(
             checkpoint=checkpoint,
             layout=ORIGINAL,
             job=None,
-            tensors=tensors,
+            tensors=stack.enter_context(Tensors(checkpoint)),
             names=specs,
             ignored={},
             tied={},
@@ -221,11 +220,12 @@ def open_side(
         # In a dtype that holds all of its values: what is rounded on the way shows as a difference of dtypes.
         code = widest(entry.dtype for entry in job.reading.sources.values() if entry.state == "used")
         job = settled(torch_dtype(code) or chosen)
+    assert isinstance(job.checkpoint, FolderCheckpoint)  # nothing of it is fresh
     return Side(
-        checkpoint=checkpoint,
+        checkpoint=job.checkpoint,
         layout=job.layout,
         job=job,
-        tensors=tensors,
+        tensors=stack.enter_context(Tensors(job.checkpoint)),
         names=job.relation.reverse().writes,
         ignored={name: entry.note for name, entry in job.reading.sources.items() if entry.state == "ignored"},
         tied={name: entry.note for name, entry in job.relation.sources.items() if entry.state == "redundant"},

@@ -23,6 +23,7 @@ from tepatch.checkpoint.reading import FileStamp, open_shard
 from tepatch.checkpoint.recognise import unfinished
 from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
+from tepatch.checkpoint.wrappers import unwrapped
 from tepatch.errors import CheckpointError, Problem
 
 _DOWNLOAD_AGAIN = "download or copy the checkpoint again"
@@ -74,13 +75,19 @@ def open_checkpoint(
     problems += _misplaced(expected, headers, tensors, folder=folder, index=entry)
     if problems:
         raise CheckpointError(problems)
+    stored = set(tensors)
+    wrappers: tuple[str, ...] = ()
+    if entry not in NATIVE:  # whose names are what tepatch has written
+        tensors, wrappers = unwrapped(tensors, str(folder))
     return FolderCheckpoint(
         location=str(folder),
         tensors=MappingProxyType(tensors),
-        others=MappingProxyType({name: kind for name, kind in others.items() if name not in tensors}),
-        absent=tuple(name for name in weight_map or () if name not in tensors and name not in others),
+        others=MappingProxyType({name: kind for name, kind in others.items() if name not in stored}),
+        absent=tuple(name for name in weight_map or () if name not in stored and name not in others),
+        entry=entry,
         files=files,
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
+        wrappers=wrappers,
         config_folder=folder,
         manifest=read_manifest(folder) if entry in NATIVE else None,
         stamps=MappingProxyType(stamps),
@@ -95,8 +102,11 @@ class FolderCheckpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     others: Mapping[str, str] = field(repr=False)
     absent: tuple[str, ...] = field(repr=False)
+    entry: str
+    """The only file, or the index."""
     files: tuple[str, ...]
     also_present: tuple[str, ...]
+    wrappers: tuple[str, ...]
     config_folder: Path
     manifest: Manifest | None
     stamps: Mapping[str, FileStamp] = field(repr=False)

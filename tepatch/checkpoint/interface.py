@@ -33,6 +33,12 @@ class TensorInfo:
     """Byte position of its data in the file, to go through a file in order; 0 in a ``.bin`` file."""
     nbytes: int
     """Number of elements times the size of one, in bytes."""
+    in_file: str = ""
+    """Its name in the file: ``name``, but for parts of wrappers around modules."""
+
+    def __post_init__(self) -> None:
+        if not self.in_file:
+            object.__setattr__(self, "in_file", self.name)
 
 
 class ShardReader(Protocol):
@@ -78,6 +84,11 @@ class Checkpoint(Protocol):
     @property
     def also_present(self) -> tuple[str, ...]:
         """Other weight files in the folder, which were not chosen: for the report."""
+        ...
+
+    @property
+    def wrappers(self) -> tuple[str, ...]:
+        """What was taken out of the names of tensors, because wrappers had put it there: for the report."""
         ...
 
     @property

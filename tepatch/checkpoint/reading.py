@@ -104,7 +104,7 @@ class SafetensorsReader:
 
         self._stamp.verify()
         try:
-            tensor = self._file.get_tensor(info.name)
+            tensor = self._file.get_tensor(info.in_file)
         except (OSError, SafetensorError) as error:
             raise _unreadable(self._stamp, info, found=str(error)) from error
         return as_promised(tensor, info, self._stamp)
@@ -274,13 +274,13 @@ class PickledReader:
         Its bytes are read once before, for the zip has a checksum of them.
         """
         self._stamp.verify()
-        if self._loaded is None or info.name not in self._loaded.tensors:
+        if self._loaded is None or info.in_file not in self._loaded.tensors:
             raise _unreadable(self._stamp, info, found="no such tensor among the open ones")
-        for key in self._loaded.contents.keys[info.name]:
+        for key in self._loaded.contents.keys[info.in_file]:
             if key not in self._checked:
                 check_data(self._stamp.path, self._loaded.contents, key, where=self._stamp.where)
                 self._checked.add(key)
-        return as_promised(self._loaded.tensors[info.name], info, self._stamp)
+        return as_promised(self._loaded.tensors[info.in_file], info, self._stamp)
 
     def close(self) -> None:
         """Let go of the file; tensors that are still held keep their own map of it."""

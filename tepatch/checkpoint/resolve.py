@@ -1,7 +1,7 @@
 """From what a user names (a folder, a file, a hub id) to the file that a checkpoint starts with.
 
-The order is that of ``from_pretrained`` in transformers: safetensors before ``.bin``, one file before an
-index, and a variant's name stands before the last suffix (``model.safetensors.index.fp16.json``).
+The order is that of ``from_pretrained`` in transformers: the file that the config names, safetensors before ``.bin``,
+one file before an index; a variant's name stands before the last suffix (``model.safetensors.index.fp16.json``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from tepatch.checkpoint.beside import (
+    is_adapter_file,
+    only_beside,
+    refuse_adapter_file,
+    refuse_what_changes_the_model,
+    stated_weights,
+)
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.index import index_suffix
 from tepatch.checkpoint.listing import shortened
@@ -26,6 +33,11 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h
 # What a Trainer leaves beside a model, with the suffixes of weights.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
 
+# Weights for other programs, and what says nothing without weights or folders that are never copied.
+_OTHERS = re.compile(
+    r".*\.(onnx|onnx_data|ort|ot|tflite|pdparams|npz|nemo|distcp)|(openvino|ov)_[\w.-]*\.xml|params\.json"
+    r"|modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|model_index\.json"
+)
 _TOKENIZER = re.compile(
     r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece|normalizer"
     r"|preprocessor_config|processor_config|video_preprocessor_config|image_processor)[\w.-]*|[\w.-]+\.(model|tiktoken|jinja)"
@@ -64,10 +76,17 @@ def resolve(
         _refuse_options(path, given, reason=f"{MANIFEST} says that there is one form of the weights")
         wanted = list(NATIVE)
         _refuse_two_checkpoints(path)
+    elif stated := stated_weights(path):
+        given = {"variant": variant, "use_safetensors": None if use_safetensors else use_safetensors}
+        _refuse_options(path, given, reason=f"config.json names the file of the weights, {stated}")
+        wanted = [stated]
     for name in wanted:
         # A link counts even when it is broken: to fall through to another file would be silent.
         if os.path.lexists(path / name):
+            refuse_what_changes_the_model(path, name)
             return path, name
+    if (problem := only_beside(path)) is not None:
+        raise CheckpointError(problem)
     raise CheckpointError(_nothing_found(path, wanted, variant=variant))
 
 
@@ -127,11 +146,16 @@ def _is_weight_name(name: str) -> bool:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name is neither weights, nor the model's config, nor left behind by a Trainer."""
+    """Whether a file of this name belongs to the model, and stands for itself.
+
+    Its config and weights of any kind do not, nor what is nothing without them (an adapter's config, the list of the
+    modules of a sentence transformer), nor what a Trainer leaves behind.
+    """
     config = ("config.json", "generation_config.json", MANIFEST)
     is_hidden = name.startswith(".") and name != ".gitattributes"
     leftover = _NOT_WEIGHTS.fullmatch(name) or name.startswith("trainer_state") or name.startswith("tepatch-cert")
-    return not (name in config or is_hidden or leftover or not name.isprintable() or _is_weight_name(name))
+    part = _OTHERS.fullmatch(name) or is_adapter_file(name)
+    return not (name in config or is_hidden or leftover or part or not name.isprintable() or _is_weight_name(name))
 
 
 def is_tokenizer(name: str) -> bool:
@@ -146,6 +170,7 @@ def _refuse_options(path: Path, options: Mapping[str, str | bool | None], *, rea
 
 
 def _chosen_file(path: Path, *, use_safetensors: bool | None) -> str:
+    refuse_adapter_file(path)
     suffix = index_suffix(path.name) or path.suffix
     if suffix not in (".safetensors", ".bin"):
         raise CheckpointError(

@@ -236,11 +236,16 @@ def _contenders(
     with_transformers: bool,
 ) -> tuple[list[Contender], list[str]]:
     """The limits. Raises ``PlanError`` where transformers could not load the checkpoint."""
+    from tepatch.checkpoint import open_checkpoint
     from tepatch.errors import CheckpointError, PlanError, Problem
     from tepatch.streaming.raw import read_bytes, stream_bytes
 
+    what = ""
     if with_transformers and checkpoint.manifest is not None:
         what = "transformers can not load the layout that 'tepatch convert' made"
+    elif with_transformers and open_checkpoint(checkpoint.config_folder).files != checkpoint.files:
+        what = "transformers loads folders, and takes other files of this one"
+    if what:
         raise PlanError(Problem(where=checkpoint.location, what=what, fix="leave --with-transformers out"))
     out, notes = [Contender(READ, lambda: (read_bytes(checkpoint, reading), {}))], []
     if is_cold:

@@ -40,6 +40,7 @@ class FreshWeights:
         self.also_present: tuple[str, ...] = ()
         self.others: dict[str, str] = {}
         self.absent: tuple[str, ...] = ()
+        self.wrappers: tuple[str, ...] = ()
         self.config_folder = Path()
         self.manifest = None
 

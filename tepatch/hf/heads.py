@@ -55,7 +55,7 @@ class Completed:
     def tensors(self) -> dict[str, TensorInfo]:
         stored = {name: info for name, info in self._checkpoint.tensors.items() if name not in self._names}
         made = {name: self._fresh.tensors[stock] for name, stock in self._names.items()}
-        made = {name: replace(info, name=name, file=_FRESH + info.file) for name, info in made.items()}
+        made = {name: replace(info, name=name, in_file=name, file=_FRESH + info.file) for name, info in made.items()}
         return {**stored, **dict(sorted(made.items(), key=lambda item: item[1].file))}
 
     @property
@@ -73,6 +73,10 @@ class Completed:
     @property
     def also_present(self) -> tuple[str, ...]:
         return self._checkpoint.also_present
+
+    @property
+    def wrappers(self) -> tuple[str, ...]:
+        return self._checkpoint.wrappers
 
     @property
     def config_folder(self) -> Path:

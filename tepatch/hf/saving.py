@@ -50,11 +50,11 @@ def save_pretrained(
         names = names_in(plan)
         state_dict = translated(names, state_dict)
         check_translated(names, state_dict)
-    # Our names are a checkpoint's. Transformers takes the names of a state dict for those of its own class in
-    # memory, and would turn them into a checkpoint's once more where the two differ (fused experts, prefixes). Fresh
-    # weights come from such a class, and are saved as it would save them.
+    # Our tensors are a checkpoint's. Transformers takes what a state dict has for its own class's in memory, and would
+    # convert it once more where the two differ (fused experts). So of what it does only names are turned round, those
+    # that it would have renamed on loading. Fresh weights come from such a class, and are saved as it would save them.
     if not is_fresh:
-        kwargs["save_original_format"] = False
+        kwargs.setdefault("save_original_format", bool(model._weight_conversions))
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[arg-type]
 
 

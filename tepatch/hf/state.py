@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from tepatch.hf.languages import (
     is_whole,
     memory_names_of,
     names_for,
+    names_of,
     own_names,
     patched_names,
     readable,
@@ -38,6 +39,7 @@ from tepatch.hf.languages import (
 )
 from tepatch.hf.model import EXTRA_STATE
 from tepatch.hf.named import named_tensors, without_wrappers
+from tepatch.hf.names import names_in_memory
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
 from tepatch.te.references import Method
@@ -99,6 +101,7 @@ def take_their_names(
     for key in [key for key in state_dict if is_extra_state(key, prefix)]:
         del state_dict[key]
     if not own_names.get():
+        _rename_as_in_memory(cast("PreTrainedModel", module), state_dict, prefix)
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         _Taking(
             names=names_for(module, given),
@@ -109,6 +112,21 @@ def take_their_names(
             missing=missing_keys,
             errors=error_msgs,
         ).run()
+
+
+def _rename_as_in_memory(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give tensors that have their names on disk those in memory, as far as the model knows no other for them.
+
+    ``save_pretrained`` writes names on disk, and Trainer hands what is on disk to ``load_state_dict`` as it is.
+    """
+    plan = names_of(model).plan
+    known = plan.sources.keys() | plan.targets.keys()
+    given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+    if not (unknown := given - known):
+        return
+    for name, new in names_in_memory(model, unknown).items():
+        if new in known and prefix + new not in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + name)
 
 
 def expect_no_extra_state(module: nn.Module, incompatible: Any) -> None:

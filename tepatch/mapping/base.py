@@ -80,7 +80,10 @@ def find_base(mapping: rules.Mapping, names: Collection[str], *, side: str, defa
 
 
 def move_base(mapping: rules.Mapping, *, source: str, target: str) -> rules.Mapping:
-    """``mapping`` with the names below its base at the path ``source`` of a checkpoint and ``target`` of a model."""
+    """``mapping`` with the names below its base at the path ``source`` of a checkpoint and ``target`` of a model.
+
+    What is ignored outside the base has moved with it as far as their paths have the same end.
+    """
     if mapping.base is None or mapping.base == source == target:
         return mapping
     base = mapping.base
@@ -89,10 +92,15 @@ def move_base(mapping: rules.Mapping, *, source: str, target: str) -> rules.Mapp
         return lambda name: _moved(name, base, path)
 
     to_source, to_target = moved(source), moved(target)
+    above, there = _above(base, source)
+
+    def to_ignored(name: NameTemplate) -> NameTemplate:
+        return to_source(name) if is_below(name.text, base) else _moved(name, above, there)
+
     return replace(
         mapping,
         base=target,
-        ignored=tuple(replace(each, source=to_source(each.source)) for each in mapping.ignored),
+        ignored=tuple(replace(each, source=to_ignored(each.source)) for each in mapping.ignored),
         rules=tuple(
             replace(
                 rule,
@@ -159,11 +167,21 @@ def _relative(name: NameTemplate, base: str) -> NameTemplate:
 
 
 def _moved(name: NameTemplate, base: str, path: str) -> NameTemplate:
-    if not base or not is_below(name.text, base):
+    """A name below ``base`` ("" for any), which is at ``path`` now; another name as it is."""
+    if not is_below(name.text, base):
         return name
     first, *others = name.literals
-    text, first = joined(path, name.text[len(base) + 1 :]), joined(path, first[len(base) + 1 :])
+    start = len(base) + 1 if base else 0
+    text, first = joined(path, name.text[start:]), joined(path, first[start:])
     return NameTemplate(text, (first, *others), name.fields)
+
+
+def _above(base: str, source: str) -> tuple[str, str]:
+    """Where two paths that have the same end begin to: ``bert`` and "" of ``bert.encoder`` and ``encoder``."""
+    one, other = (path.split(".") if path else [] for path in (base, source))
+    while one and other and one[-1] == other[-1]:
+        del one[-1], other[-1]
+    return ".".join(one), ".".join(other)
 
 
 def _node(node: rules.Node, source: Move, target: Move) -> rules.Node:

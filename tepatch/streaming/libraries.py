@@ -63,7 +63,7 @@ def _by_library(
                 fix=f"pip install {package}, or leave source out",
             )
         ) from None
-    wanted = {info.name: (info, stamps[file]) for file, found in infos.items() if file in stamps for info in found}
+    wanted = {info.in_file: (info, stamps[file]) for file, found in infos.items() if file in stamps for info in found}
     for stamp in stamps.values():
         stamp.verify()
     where = ", ".join(stamp.where for stamp in stamps.values())

@@ -152,6 +152,17 @@ def test_a_converted_checkpoint_is_measured_but_not_by_transformers(run: Run, ti
     assert "fix: leave --with-transformers out" in result.stderr
 
 
+def test_a_file_that_transformers_would_not_take_is_not_measured_by_it(run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(tiny, folder)
+    file = folder / "other.safetensors"
+    file.write_bytes((folder / "model.safetensors").read_bytes())
+    assert run("bench", "load", file, "--rounds", 1).exit_code == 0
+    result = run("bench", "load", file, "--with-transformers")
+    assert result.exit_code == 1
+    assert "takes other files of this one\n  fix: leave --with-transformers out" in result.stderr
+
+
 def test_bench_alone_prints_its_help_and_is_wrong_usage(run: Run) -> None:
     result = run("bench")
     assert result.exit_code == 2

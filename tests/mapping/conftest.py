@@ -32,6 +32,7 @@ class MemoryCheckpoint:
     location: str = "memory"
     files: tuple[str, ...] = ("memory.safetensors",)
     also_present: tuple[str, ...] = ()
+    wrappers: tuple[str, ...] = ()
     config_folder: Path = Path()
 
     @property

@@ -88,6 +88,38 @@ def test_sources_of_every_kind_are_moved_with_the_base() -> None:
     assert plan.sources["text.rotary.inv_freq"].state == "ignored"
 
 
+@pytest.mark.parametrize(
+    ("found", "moved"),
+    [
+        ("bert.encoder", "bert.embeddings.{n}.ids"),
+        ("encoder", "embeddings.{n}.ids"),
+        ("x.y.bert.encoder", "x.y.bert.embeddings.{n}.ids"),
+        ("text.encoder", "text.embeddings.{n}.ids"),
+        ("layers", "bert.embeddings.{n}.ids"),  # nothing tells where it would be
+    ],
+)
+@pytest.mark.parametrize("inner", ["", ".more"])
+def test_what_is_ignored_outside_the_base_has_moved_with_it(found: str, moved: str, inner: str) -> None:
+    text = """\
+version: 1
+base: bert.encoder
+rest: same
+captures: {n: layers}
+ignore:
+  - bert.embeddings.{n}.ids: computed
+  - bert.encoder.{n}.ids: computed
+parameters:
+  bert.encoder.{n}.w: same
+""".replace("encoder", f"encoder{inner}")
+    rules = parse_mapping(text, name="m.yaml")
+    found += inner
+    ignored = [each.source.text for each in move_base(rules, source=found, target="bert.encoder").ignored]
+    assert ignored == [moved, f"{found}.{{n}}.ids"]
+    sources = {f"{found}.0.w": Spec((2,), "F32")} | {name.format(n=0): Spec((2,), "I64") for name in ignored}
+    plan = planned(sources, {"encoder.0.w": Spec((2,), "F32")}, text=text, layers=1)
+    assert [entry.state for entry in plan.sources.values()] == ["used", "ignored", "ignored"]
+
+
 def test_a_tower_with_some_names_of_the_base_is_not_taken_for_it() -> None:
     tower = shapes("tower.layers.0.q.weight tower.layers.0.k.weight tower.layers.1.q.weight tower.layers.2.q.weight")
     plan = planned(checkpoint("text.") | tower, parameters("model.") | tower)

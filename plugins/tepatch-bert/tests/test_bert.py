@@ -15,10 +15,12 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BertModel,
     DynamicCache,
     LlamaModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaModel,
 )
 
 import tepatch
@@ -115,6 +117,25 @@ def test_a_checkpoint_of_the_pretraining_serves_every_head(cls: str, arguments: 
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items() if name != "classifier.weight")
+
+
+@pytest.mark.parametrize("start", ["", "prefix", "module.", "student."])
+@pytest.mark.parametrize("cls", [BertModel, RobertaModel])
+def test_positions_that_old_versions_wrote_are_ignored_under_any_prefix(cls: Any, start: str, tmp_path: Path) -> None:
+    stock = cls(cls.config_class(**TINY))
+    stock.save_pretrained(tmp_path / "a")
+    tensors = {**load_file(tmp_path / "a" / "model.safetensors"), "embeddings.position_ids": torch.arange(64)[None]}
+    start = f"{cls.base_model_prefix}." if start == "prefix" else start
+    renamed = {start + name: tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = tepatch.load("auto", tmp_path / "a", backend="reference", progress=False)
+    expected, state = stock.state_dict(), model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert [entry.note for entry in model.tepatch.plan.sources.values() if entry.state == "ignored"]
+    tepatch.convert("auto", tmp_path / "a", tmp_path / "te")
+    tepatch.convert("auto", tmp_path / "te", tmp_path / "back")
+    back = cls.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_config_alone_makes_an_encoder() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rounding import assert_close, forward_terms
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Gemma2Config, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, LlamaModel
 
@@ -71,6 +72,9 @@ def test_the_tokens_of_a_picture_see_each_other(tmp_path: Path) -> None:
     assert torch.equal(*texts)
 
     model.save_pretrained(tmp_path / "back")
+    Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "again")
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("back", "again")]
+    assert names[0] == names[1]
     back = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "back").state_dict()
     assert all(torch.equal(tensor, back[name]) for name, tensor in stock.state_dict().items())
 

@@ -62,6 +62,16 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_save_pretrained_is_the_stock_round_trip_and_converts_nothing_twice(
+    packed: bool, make: Make, tmp_path: Path
+) -> None:
+    _, model = make(packed=packed)
+    MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint").save_pretrained(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "ours")
+    assert_same(files(tmp_path / "ours"), files(tmp_path / "stock"))
+
+
 def test_a_step_of_training_is_that_of_hugging_face(make: Make) -> None:
     """The auxiliary loss included, which trains the router."""
     stock, model = make(router_aux_loss_coef=1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rounding import assert_close, forward_terms
+from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tepatch
@@ -50,6 +51,16 @@ def picture() -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
+
+
+def test_save_pretrained_writes_the_names_of_the_stock_round_trip(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint")
+    ours = tepatch.load("auto", tmp_path / "checkpoint", backend="reference")
+    ours.save_pretrained(tmp_path / "ours")
+    Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "checkpoint").save_pretrained(tmp_path / "stock")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "stock"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_text_with_a_picture_is_the_stock_models(tmp_path: Path) -> None:
