@@ -40,7 +40,7 @@ class Method:
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
         self._function = function
-        self._heir = type(module).__new__(type(module))
+        self._heir = object.__new__(type(module))  # a class that fully_shard has made would call __init__
         self._heir.__dict__ = module.__dict__
         itself = weakref.ref(self)
 

@@ -190,7 +190,7 @@ def test_a_mask_that_weighs_instead_of_hiding_is_refused_by_name(tiny_llama: Mak
         ({"hidden_act": "mish"}, "no gated activation"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0}}, "rope type has not been proven"),
         ({"is_causal": False}, "bidirectional"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights are quantized"),
     ],
 )
 def test_what_the_layer_can_not_compute_is_refused_before_reading(
