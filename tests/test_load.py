@@ -29,7 +29,9 @@ from tepatch.errors import (
 )
 from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import read_config
+from tepatch.hf.model import keep_in_float32
 from tepatch.job import settle
+from tepatch.mapping import Spec, make_plan, parse_mapping
 from tepatch.plugins import default_host
 
 Make = Callable[..., Any]
@@ -146,6 +148,35 @@ def test_what_the_stock_class_keeps_in_float32_stays_so(
         }
         assert model.model.norm.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
         assert model.model.layers[0].self_attn.qkv.layernorm_weight.dtype == dtype
+
+
+@pytest.mark.parametrize("pattern", ["qkv", "layernorm_weight", "fc1_weight", "self_attn.proj"])
+def test_nothing_is_kept_by_a_name_that_only_patched_parameters_have(
+    pattern: str, tiny_llama: Make, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeps(LlamaForCausalLM, monkeypatch, (pattern,))
+    folder = save_checkpoint(tiny_llama())
+    assert {p.dtype for p in LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).parameters()} == {
+        torch.float16
+    }
+    assert {p.dtype for p in load(folder, dtype=torch.float16).parameters()} == {torch.float16}
+
+
+def test_a_parameter_that_holds_what_is_kept_and_what_is_not_is_refused(
+    tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a module of somebody else, which may hold it in either dtype."""
+    keeps(LlamaForCausalLM, monkeypatch, ("kept",))
+    rules = parse_mapping("version: 1\nparameters: {lm_head.weight: {concat: [kept.weight, other.weight]}}\n")
+    half, whole = Spec((64, 64), "F32"), {"lm_head.weight": Spec((128, 64), "F16")}
+    sources = {"kept.weight": half, "other.weight": half}
+    plan = make_plan(rules, config={}, sources=sources, targets=whole)
+    model = tiny_llama()
+    with pytest.raises(PlanError, match=r"(?s)lm_head\.weight.*kept\.weight"):
+        keep_in_float32(model, whole, plan, torch.float16)
+    assert keep_in_float32(model, whole, plan, torch.bfloat16) == whole
+    model._keep_in_fp32_modules = {"kept", "other"}
+    assert keep_in_float32(model, whole, plan, torch.float16) == {"lm_head.weight": Spec((128, 64), "F32")}
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,27 @@ def test_packed_rows_are_told_whatever_their_numbers_are(named: tuple[int, int, 
     assert_same(ours, theirs, TOKENS)
 
 
+def test_packed_rows_that_are_told_twice_are_apart_where_either_says_so() -> None:
+    """By positions, and by a rule besides: two lists of numbers are no list of numbers."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4]])
+    rule = packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2], [0] * 6]))
+    ours, theirs = masks(create_causal_mask, LlamaConfig(**SIZES), position_ids=positions, and_mask_function=rule)
+    assert ours is not None
+    assert_same(ours, theirs, TOKENS)
+    assert ours[0, 0].sum() == 2 * (1 + 2 + 1), "of three tokens at places 0 to 2, the third is apart"
+
+
+def test_a_mask_that_is_given_by_its_place_is_taken(tiny_llama: Any, save_checkpoint: Any) -> None:
+    stock = tiny_llama()
+    model = tepatch.load("llama", save_checkpoint(stock), backend="reference")
+    ids, mask = torch.randint(1, 128, (2, 12)), padding(7, 12, size=12)
+    expected, found = (each.model(ids, mask).last_hidden_state[mask.bool()] for each in (stock, model))
+    assert_close(found, expected, terms=forward_terms(model.config, 12))
+    packed = torch.tensor([[*range(5), *range(7)]] * 2)
+    expected, found = (each.model(ids, None, packed, use_cache=False).last_hidden_state for each in (stock, model))
+    assert_close(found, expected, terms=forward_terms(model.config, 12))
+
+
 def test_a_stock_module_with_a_window_takes_no_numbers_that_stand_for_nothing() -> None:
     query, wrong = torch.randn(1, 2, 4, 8), torch.tensor([[[[1, 1, -3, 1]]]], dtype=torch.int32)
     for window in (None, 2):

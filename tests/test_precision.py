@@ -304,6 +304,23 @@ def test_the_module_that_runs_the_layers_keeps_its_name_and_is_still_hugging_fac
     assert len(model(IDS, output_hidden_states=True).hidden_states) == 4
 
 
+def test_a_precision_is_left_also_by_a_module_whose_class_was_made_of_ours(model: Any) -> None:
+    """``fully_shard`` makes a class of the one that it finds: it stays, and must not enter what was set before."""
+    tepatch.set_precision(model, "fp8")
+    runner = model.model
+    runner.__class__ = type("FSDPLlamaModel", (type(runner),), {})
+    model(IDS)
+    assert (recipes(), engine.updates) == (["DelayedScaling"] * 3, 1)
+    for precision in ("bf16", None):
+        tepatch.set_precision(model, precision)
+        model(IDS)
+        assert (recipes(), engine.updates) == ([""] * 3, 1)
+    tepatch.set_precision(model, "fp8-current")
+    model(IDS)
+    assert (recipes(), engine.updates) == (["Float8CurrentScaling"] * 3, 2)
+    assert type(runner).__name__ == "FSDPLlamaModel"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_no_autocast_is_left_in_force_after_an_error(model: Any, error: type[BaseException]) -> None:
     tepatch.set_precision(model, {"default": "fp8", 1: "fp8-block"})

@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tepatch.errors import UnsupportedError
-from tepatch.te.rope import Float32Rotary, apply_rotary
+from tepatch.te import rope
+from tepatch.te.rope import Float32Rotary, apply_rotary, take_rows
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -174,3 +175,26 @@ def test_tables_that_do_not_fit_are_refused(x_shape: tuple[int, ...], table_shap
 def test_cos_and_sin_of_different_shapes_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="do not fit"):
         apply_rotary(torch.zeros(2, 5, 4, 16), torch.zeros(1, 5, 16), torch.zeros(1, 5, 8))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_of_the_tables_are_those_of_their_tokens(batch: int) -> None:
+    """Of every table and every list of rows: layers ask one after another, a window's with rows of their own."""
+    tables = [torch.randn(batch, 5, 4) for _ in range(4)]
+    everything = [torch.tensor([0, 1, 4, 7, 11, 14]), torch.tensor([2, 3, 13]), torch.tensor([2, 3, 13]) + 1]
+    for _ in range(2):
+        for cos, sin in (tables[:2], tables[2:]):
+            for rows in everything:
+                taken = take_rows(cos, sin, rows, 3)
+                for found, table in zip(taken, (cos, sin), strict=True):
+                    expected = [table[row // 5 if batch > 1 else 0, row % 5] for row in rows.tolist()]
+                    assert torch.equal(found, torch.stack(expected)[None])
+                assert all(a is b for a, b in zip(taken, take_rows(cos, sin, rows, 3), strict=True)), "taken once"
+
+
+def test_what_is_known_of_angles_is_known_of_the_rows_that_are_taken() -> None:
+    cos, sin, rows = torch.ones(1, 5, 4), torch.zeros(1, 5, 4), torch.tensor([1, 3])
+    assert take_rows(cos, sin, rows, 1)[0] not in rope._angles
+    cos = cos.clone()
+    rope._angles[cos] = None
+    assert take_rows(cos, sin, rows, 1)[0] in rope._angles

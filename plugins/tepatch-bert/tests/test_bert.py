@@ -144,9 +144,18 @@ def test_a_config_alone_makes_an_encoder() -> None:
     assert float(model.bert.encoder.layer[1].fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
+DROPOUTS: dict[str, dict[str, float]] = {
+    "hidden states": {"hidden_dropout_prob": 0.3},
+    "weights of attention": {"attention_probs_dropout_prob": 0.3},
+    "both": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.4},
+}
+
+
+@pytest.mark.parametrize("what", DROPOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_are_dropped_as_in_hugging_face(family: str, pair: Pair) -> None:
-    models = pair(family, hidden_dropout_prob=0.3)
+def test_what_hugging_face_drops_is_dropped(family: str, what: str, pair: Pair) -> None:
+    """The same numbers are drawn, in the same places: of attention, of what is added, of embeddings."""
+    models = pair(family, **DROPOUTS[what])
     logits = []
     for model in models:
         evaluated = model(tokens()).logits
