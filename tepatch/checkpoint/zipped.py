@@ -192,7 +192,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return _Names
-        self.has_bytesio |= (module, name) == ("_io", "BytesIO")
+        self.has_bytesio |= (module, name) == (io.BytesIO.__module__, "BytesIO")
         return name if module.startswith("torch") and name in STORAGE_SIZES else type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> _Data:
