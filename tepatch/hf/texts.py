@@ -91,7 +91,7 @@ def _forms(data: dict[str, Any], where: str) -> Iterator[Problem]:
 
 
 def _walk(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no object or list, with where it is. Raises ``CheckpointError`` for what is nested too deep."""
+    """Every value that is no object or list, with where it is. ``CheckpointError`` for what is nested too deep."""
     todo = [(value, f"{at}: ", 0)]
     while todo:
         each, path, depth = todo.pop()
