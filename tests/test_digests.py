@@ -161,16 +161,3 @@ def test_a_manifest_that_was_edited_gives_nothing_back(source: Path, tmp_path: P
 def test_digests_are_checked_only_where_there_are_any(source: Path) -> None:
     with pytest.raises(PlanError, match=r"check_digests: there are digests in the manifest of a converted"):
         load(source, check_digests=True)
-
-
-def test_a_converted_checkpoint_is_checked_without_a_certificate(source: Path, tmp_path: Path) -> None:
-    te = convert(source, tmp_path / "te").destination
-    result = tepatch.check_certificate(te)
-    assert (result.passed, result.tensors) == (True, len(load_file(source / "model.safetensors")))
-    flip(te, "lm_head.weight")
-    result = tepatch.check_certificate(te)
-    assert not result.passed
-    assert "lm_head.weight" in str(result.problems[0])
-    (te / "tepatch.json").unlink()
-    with pytest.raises(CheckpointError):
-        tepatch.check_certificate(te)

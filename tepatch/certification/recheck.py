@@ -6,7 +6,6 @@ them. So one damaged file is one problem, named, and the others are checked all 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,14 +25,11 @@ from tepatch.certification.folders import listed, matters, range_digest, subfold
 from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.folder import FolderCheckpoint
-from tepatch.checkpoint.manifest import MANIFEST, printable
+from tepatch.checkpoint.manifest import printable
 from tepatch.checkpoint.pickled import load_pickled
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
-from tepatch.digests import promised
 from tepatch.errors import CheckpointError, PlanError, Problem, visible
-from tepatch.job import find_patch, given_config, settle
 from tepatch.mapping.names import fold
-from tepatch.tensors import Tensors, tensor_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +80,13 @@ def check_certificate(
     ``path`` is the certificate, or the folder that it is in. ``destination`` is the folder of the checkpoint, by
     default the certificate's own; ``source`` is the checkpoint that it was made from, if that is to be checked as
     well. Files that the certificate does not know are a problem if they could change what is loaded, and else a note.
-    Sub-folders are not covered, and named in a note. A converted checkpoint without a certificate is held against the
-    digests of its original in its manifest: its weights, by the patch that converted it.
+    Sub-folders are not covered, and named in a note.
 
-    Raises ``CheckpointError`` only if there is nothing to check by, ``PlanError`` for ``workers`` that are none, and
-    what ``plan`` raises for a checkpoint without a certificate.
+    Raises ``CheckpointError`` only if there is no certificate at all, and ``PlanError`` for ``workers`` that are none.
     """
     if not isinstance(workers, int) or workers < 1:
         raise PlanError(Problem(where="workers", what="at least one worker is needed", found=repr(workers)))
     path = Path(path)
-    is_alone = destination is None and source is None
-    if is_alone and path.is_dir() and not os.path.lexists(path / CERTIFICATE) and os.path.lexists(path / MANIFEST):
-        return _check_manifest(path, workers)
     path = path / CERTIFICATE if path.is_dir() else path
     folder = Path(destination) if destination is not None else path.parent
     try:
@@ -128,38 +119,6 @@ def check_certificate(
         bytes=sum(record.bytes for record in side.files.values()),
         problems=tuple(checker.problems),
         notes=tuple(checker.notes),
-    )
-
-
-def _check_manifest(folder: Path, workers: int) -> CheckResult:
-    """Hold the weights of a converted checkpoint against the digests in its manifest."""
-    checkpoint = open_checkpoint(folder)
-    manifest = checkpoint.manifest
-    assert manifest is not None  # else opening it would have failed
-    config = given_config(None, checkpoint)
-    patch = find_patch(manifest.patch, config, None)
-    with (
-        settle(patch, config, checkpoint, dtype=manifest.dtype, backend="reference", mapping=None) as job,
-        Tensors(checkpoint) as tensors,
-    ):
-        problems, notes, count = list[Problem](), list[str](), 0
-        try:
-            promise = promised(job)
-            assert promise is not None
-            notes, count = list(promise.notes), len(promise.digests)
-            promise.refuse(promise.differing(list(promise.digests), tensors.read, workers=workers))
-        except CheckpointError as error:
-            problems += error.problems
-    notes.append(f"there is no {CERTIFICATE}: weights were held against the digests in {MANIFEST}, and nothing else")
-    return CheckResult(
-        certificate=str(folder / MANIFEST),
-        folder=str(folder),
-        created="",
-        files=len(checkpoint.files),
-        tensors=count,
-        bytes=sum(stamp.size for stamp in checkpoint.stamps.values()),
-        problems=tuple(problems),
-        notes=tuple(notes),
     )
 
 
@@ -285,6 +244,7 @@ class _Checker:
         if not stored:
             return problems
         from tepatch.checkpoint import dtype_code
+        from tepatch.tensors import tensor_digest
 
         tensors = load_pickled(path, where=where).tensors
         forms = {each: (dtype_code(tensor.dtype) or "", tuple(tensor.shape)) for each, tensor in tensors.items()}
@@ -317,6 +277,8 @@ def _changed(
 
 def _digests(checkpoint: FolderCheckpoint, workers: int) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """Dtype, shape and sha256 of every tensor of a checkpoint."""
+    from tepatch.tensors import Tensors, tensor_digest
+
     with Tensors(checkpoint) as tensors, ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda name: tensor_digest(tensors.read(name)), checkpoint.tensors)
         infos = checkpoint.tensors.values()

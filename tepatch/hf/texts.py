@@ -91,7 +91,7 @@ def _forms(data: dict[str, Any], where: str) -> Iterator[Problem]:
 
 
 def _walk(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no object or list, and every key, with where it is. Raises for what is nested too deep."""
+    """Every value that is no object or list, with where it is. ``CheckpointError`` for what is nested too deep."""
     todo = [(value, f"{at}: ", 0)]
     while todo:
         each, path, depth = todo.pop()
@@ -99,9 +99,7 @@ def _walk(value: Any, at: str) -> Iterator[tuple[str, Any]]:
             raise CheckpointError(Problem(where=at, what=f"is nested deeper than {MAX_DEPTH} levels"))
         if isinstance(each, dict):
             dot = "" if path.endswith(": ") else "."
-            for key, inner in each.items():
-                yield f"{path}{dot}", key
-                todo.append((inner, f"{path}{dot}{key}", depth + 1))
+            todo += [(inner, f"{path}{dot}{key}", depth + 1) for key, inner in each.items()]
         elif isinstance(each, list):
             todo += [(inner, path, depth + 1) for inner in each]
         else:
