@@ -40,6 +40,8 @@ from tepatch.hf.model import EXTRA_STATE
 from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
+from tepatch.te.layer import AcceleratedLayer
+from tepatch.te.optimizers import watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +66,8 @@ def attach(model: PreTrainedModel) -> None:
     # would not survive ``tepatch.load(...).save_pretrained(...)``.
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     for module in model.modules():
+        if isinstance(module, AcceleratedLayer):
+            watch(module)
         if module is not model and isinstance(module, PreTrainedModel):
             module.save_pretrained = module.push_to_hub = refuse_to_save_a_part  # type: ignore[assignment]
 
