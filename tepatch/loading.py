@@ -22,7 +22,7 @@ from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import AutoClass, unknown_architectures
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
-from tepatch.hf.model import add_hooks, finish_loading, install, set_generation_config
+from tepatch.hf.model import add_hooks, check_outputs, finish_loading, install, set_generation_config
 from tepatch.hf.names import keep_renamings
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
 from tepatch.hf.sharding import Parallelize, check_mesh, shard
@@ -109,8 +109,9 @@ def load(
     environment, it is not, and the report says so.
 
     Returns the model in evaluation mode; ``model.tepatch`` is the ``Report``. Before any weight is read, raises
-    ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError``, ``PlanError`` or
-    ``ProofError``; while reading, ``CheckpointError`` or ``LoadError``. After an error no class stays patched and
+    ``PluginError``, ``BackendError``, ``CheckpointError``, ``MappingError``, ``ReplaceError``, ``PlanError``,
+    ``ProofError``, or ``UnsupportedError`` for settings that ask every call for attention weights; while reading,
+    ``CheckpointError`` or ``LoadError``. After an error no class stays patched and
     nothing is half-loaded.
     """
     request = read_precision(precision)
@@ -142,8 +143,9 @@ def load(
         drop=drop,
     ) as job:
         told = _checked(job, checkpoint) if check_digests else ()
-        proof = (*told, *_proof(job, config, prove))
         set_generation_config(job.model, checkpoint.config_folder)
+        check_outputs(job.model)
+        proof = (*told, *_proof(job, config, prove))
         text = "" if precision is None else apply_precision(job.model, request)
         quantized = _quantized_weights(job, weights, keep_initial=keep_initial)
         placement = _placement(job, device, device_map, max_memory, offload_folder)
@@ -200,6 +202,7 @@ def build(
     request = read_precision(precision)
     resolved = find_patch(patch, given_config(config, None), plugins)
     with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping, auto_class=auto_class) as job:
+        check_outputs(job.model)
         text = "" if precision is None else apply_precision(job.model, request)
         proof = _proof(job, config, prove)
         return _execute(
@@ -244,6 +247,7 @@ def plan(
         fresh=fresh,
         drop=drop,
     ) as job:
+        check_outputs(job.model)
         return job.reading
 
 

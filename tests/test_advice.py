@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tepatch
 import tepatch.hf.state
-from tepatch.errors import PlanError, Problem, TepatchError
+from tepatch.errors import PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.te import probe
 
 Call = Callable[..., Any]
@@ -302,6 +302,34 @@ def test_transformers_is_advised_where_it_makes_the_model(fields: dict[str, Any]
     else:
         with pytest.raises(Exception, match=r"bogus"):
             LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_attention_weights_that_a_file_asks_for(file: str, folder: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    usual = (folder / file).read_text()
+    (folder / file).write_text(json.dumps({**json.loads(usual), "output_attentions": True}))
+    calls = [tepatch.load, tepatch.plan] if file == "config.json" else [tepatch.load]
+    for call in calls:
+        with pytest.raises(UnsupportedError, match="output_attentions: true asks every call") as error:
+            call("auto", folder)
+        assert error.value.problems[0].where == file
+        assert "take output_attentions out of it" in str(error.value)
+    tepatch.convert("auto", folder, folder.parent / "te")  # which calls nothing
+    stock = LlamaForCausalLM.from_pretrained(folder, **arguments_in(error.value.problems[0].fix)[0])
+    assert stock(torch.tensor([[1, 2, 3]]), output_attentions=True).attentions[0].shape == (1, 4, 3, 3)
+    (folder / file).write_text(usual)
+    model = tepatch.load("auto", folder)
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+
+
+def test_a_config_that_asks_for_attention_weights(folder: Path) -> None:
+    from transformers import LlamaConfig
+
+    with pytest.raises(UnsupportedError, match="pass a config without it"):
+        tepatch.build("auto", LlamaConfig(**TEXT, output_attentions=True))
+    tepatch.build("auto", LlamaConfig(**TEXT))
 
 
 # -- files --

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import tepatch
+from tepatch.errors import UnsupportedError
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
@@ -172,3 +174,37 @@ def test_trainers_own_save_and_a_wrapped_model_write_the_stock_layout(folder: Pa
             parameter.zero_()
     accelerator.load_state(str(tmp_path / "state"))
     assert_equal(model.state_dict(), kept)
+
+
+def test_a_run_of_the_stock_model_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    trainer_for(LlamaForCausalLM.from_pretrained(folder), tmp_path / "stock").train()
+    checkpoint = tmp_path / "stock" / f"checkpoint-{SAVED}"
+    for model in (load(folder), copy.deepcopy(load(folder))):
+        with pytest.raises(UnsupportedError, match=r"other parameters than those of the patched model") as error:
+            trainer_for(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+        assert (error.value.problems[0].expected, error.value.problems[0].found) == (
+            "groups of [9, 9] parameters",
+            "groups of [15, 13] parameters".removesuffix(" parameters"),
+        )
+    # The advice: the run's weights, and no optimizer.
+    assert "tepatch.load(patch, checkpoint), and train() without resume_from_checkpoint" in error.value.problems[0].fix
+    trainer_for(load(checkpoint), tmp_path / "new").train()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_moments_of_other_shapes_are_refused_and_nothing_is_taken(make: Any, folder: Path, tiny_llama: Make) -> None:
+    model, stock = load(folder), tiny_llama(**CONFIG)
+    ours = make([model.model.layers[0].self_attn.qkv.weight], lr=1e-3)
+    theirs = make([stock.model.layers[0].self_attn.q_proj.weight], lr=1e-3)
+    for each, optimizer in ((model, ours), (stock, theirs)):
+        each(torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
+        optimizer.step()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(UnsupportedError, match=r"for parameter 0"):
+        ours.load_state_dict(theirs.state_dict())
+    assert str(ours.state_dict()) == str(before)
+    ours.load_state_dict(before)
+    with pytest.raises(ValueError, match="doesn't match the size"):  # of a stock model's optimizer: torch's own words
+        make(stock.parameters(), lr=1e-3).load_state_dict(before)

@@ -30,6 +30,7 @@ from tepatch.hf.texts import read_config_text
 from tepatch.mapping.plan import Plan, Spec, TensorSpec
 from tepatch.replace import Replacement, replace_layers
 from tepatch.te.layer import AcceleratedLayer
+from tepatch.te.tracing import refuse_to_be_recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -261,7 +262,7 @@ def is_poisoned(tensor: torch.Tensor) -> bool:
 def add_hooks(model: PreTrainedModel) -> None:
     """Make the model refuse what replaced layers can not give, and wait for nothing that needs no waiting for."""
     for module in model.modules():
-        if hasattr(module, "config") and hasattr(module, "_can_record_outputs"):
+        if _records_outputs(module):
             module.register_forward_pre_hook(refuse_attentions, with_kwargs=True)
             lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
             if any(isinstance(layer, AcceleratedLayer) for child in lists for layer in child):  # it runs them itself
@@ -310,15 +311,41 @@ def set_generation_config(model: PreTrainedModel, folder: Path) -> None:
     model.generation_config = settings
 
 
+def check_outputs(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedError`` if the model's settings ask every call for what no layer gives."""
+    configs = {id(module.config): module.config for module in model.modules() if _records_outputs(module)}
+    asking = "config.json" if any(getattr(each, "output_attentions", False) for each in configs.values()) else ""
+    if model.can_generate() and getattr(model.generation_config, "output_attentions", False):
+        asking = asking or "generation_config.json"
+    if asking:
+        raise UnsupportedError(
+            Problem(
+                where=asking,
+                what="output_attentions: true asks every call for attention weights, and fused layers have none",
+                fix=f"take output_attentions out of it, or pass a config without it; {_STOCK_ATTENTIONS}",
+            )
+        )
+
+
+_STOCK_ATTENTIONS = (
+    "to look at attention weights, load the model with transformers: from_pretrained(..., attn_implementation='eager')"
+)
+
+
+def _records_outputs(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "_can_record_outputs")
+
+
 def refuse_attentions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Fused attention has no attention weights to give: say so instead of returning an empty tuple."""
+    refuse_to_be_recorded()
     wanted = kwargs.get("output_attentions")
     if wanted or (wanted is None and getattr(module.config, "output_attentions", False)):
         raise UnsupportedError(
             Problem(
                 where="output_attentions",
                 what="attention weights do not exist in fused attention layers",
-                fix="load the model with transformers itself to look at its attention weights",
+                fix=_STOCK_ATTENTIONS,
             )
         )
 

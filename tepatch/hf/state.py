@@ -42,6 +42,8 @@ from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.names import names_in_memory
 from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
 from tepatch.mapping.plan import Copy
+from tepatch.te.layer import AcceleratedLayer
+from tepatch.te.optimizers import watch
 from tepatch.te.references import Method
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def attach(model: PreTrainedModel) -> None:
     model.register_load_state_dict_post_hook(expect_no_extra_state)  # type: ignore[no-untyped-call]
     model.save_pretrained = Method(save_pretrained, model)  # type: ignore[method-assign]
     for module in model.modules():
+        if isinstance(module, AcceleratedLayer):
+            watch(module)
         if module is not model and isinstance(module, PreTrainedModel):
             module.save_pretrained = module.push_to_hub = refuse_to_save_a_part  # type: ignore[assignment]
 

@@ -28,6 +28,7 @@ from torch import nn
 
 from tepatch.errors import PlanError, Problem, UnsupportedError
 from tepatch.te.frozen import forget_all, held_bytes, resting_scales
+from tepatch.te.optimizers import watch
 from tepatch.te.precision import (
     Precision,
     Request,
@@ -39,6 +40,7 @@ from tepatch.te.precision import (
     size_problems,
 )
 from tepatch.te.quantized import is_quantized
+from tepatch.te.tracing import refuse_to_be_recorded
 
 _ARGUMENTS = ("use_reentrant", "context_fn", "determinism_check", "debug")
 """Of torch's ``checkpoint``, those that Transformer Engine's has too. It always restores the state of random numbers
@@ -61,6 +63,7 @@ class AcceleratedLayer(nn.Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_to_be_recorded()
         if self.precision is None:
             return super().__call__(*args, **kwargs)
         return _call_in(self.precision, super().__call__, args, kwargs)
@@ -98,6 +101,7 @@ class AcceleratedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _register_again(self)
+        watch(self)  # as the layer that this is a copy of
 
     def extra_repr(self) -> str:
         return f"precision={self.precision}" if self.precision is not None else ""

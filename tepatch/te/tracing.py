@@ -1,4 +1,4 @@
-"""What ``torch.compile`` must not look into."""
+"""What ``torch.compile`` must not look into, and what nothing that records a graph for other inputs may."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from tepatch.errors import Problem, UnsupportedError
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -14,3 +17,21 @@ def outside_graphs(function: F) -> F:
     """A decorator: the function runs as it stands, between two graphs. For what reads values or keeps them."""
     out: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return out
+
+
+def refuse_to_be_recorded() -> None:
+    """Raise ``UnsupportedError`` in ``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export``.
+
+    Layers read from the mask of each call which kernels can compute it. What they do for one batch would be recorded
+    for all.
+    """
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if is_traced or _is_exporting():
+        raise UnsupportedError(
+            Problem(
+                where="torch.jit.trace" if is_traced else "torch.export",
+                what="a patched model can not be traced or exported: what its layers do depends on the batch",
+                fix="save it (tepatch.save), and trace or export the model that transformers loads; torch.compile "
+                "takes patched models as they are",
+            )
+        )
