@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import tepatch
 from tepatch.certification.certificate import write_certificate
-from tepatch.errors import CheckpointError
+from tepatch.errors import CheckpointError, PlanError
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -130,6 +130,16 @@ def test_a_certificate_of_wrapped_names_can_be_checked(
     told = "\n".join(map(str, problems))
     assert f"{prefix}lm_head.weight: is not what was certified: its values have changed" in told
     assert "is no longer in this file" not in told
+
+
+def test_names_that_tepatch_has_written_are_taken_as_they_are(
+    tiny_llama: Make, save_checkpoint: Save, tmp_path: Path
+) -> None:
+    tepatch.convert("llama", save_checkpoint(tiny_llama()), tmp_path / "te")
+    file = tmp_path / "te" / "tepatch.safetensors"
+    save_file(renamed(load_file(file), lambda name: f"module.{name}"), file)
+    with pytest.raises(PlanError, match=r"module\.lm_head\.weight"):
+        tepatch.load("llama", tmp_path / "te")
 
 
 def test_two_tensors_of_one_name_are_named(tiny_llama: Make, save_checkpoint: Save) -> None:
