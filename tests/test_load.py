@@ -29,7 +29,8 @@ from tepatch.errors import (
 )
 from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import read_config
-from tepatch.hf.model import keep_in_float32
+from tepatch.hf.fresh import FreshWeights
+from tepatch.hf.model import build_on_meta, keep_in_float32
 from tepatch.job import settle
 from tepatch.mapping import Spec, make_plan, parse_mapping
 from tepatch.plugins import default_host
@@ -148,6 +149,17 @@ def test_what_the_stock_class_keeps_in_float32_stays_so(
         }
         assert model.model.norm.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
         assert model.model.layers[0].self_attn.qkv.layernorm_weight.dtype == dtype
+
+
+def test_fresh_weights_are_drawn_in_the_dtype_that_they_say(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps(LlamaForCausalLM, monkeypatch, ("lm_head",))
+    stock, _ = build_on_meta(LlamaForCausalLM, tiny_llama().config, dtype=torch.float16)
+    fresh = FreshWeights(stock, dtype=torch.float16)
+    for name, dtype in (("lm_head.weight", torch.float32), ("model.norm.weight", torch.float16)):
+        info = fresh.tensors[name]
+        with fresh.open(info.file) as block:
+            tensor = block.read(info)
+        assert (tensor.dtype, tensor.nbytes) == (dtype, info.nbytes)
 
 
 @pytest.mark.parametrize("pattern", ["qkv", "layernorm_weight", "fc1_weight", "self_attn.proj"])
