@@ -213,3 +213,10 @@ def test_an_unknown_class_is_told_without_controls(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_config(folder)
     assert ESCAPE not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [ESCAPE, BIDI, "\x9b2J", "\ud800"])
+def test_a_text_of_a_config_that_a_terminal_would_obey_is_refused(text: str, folder: Path) -> None:
+    """Also in a field that nothing reads: transformers may log what it holds."""
+    put(folder, of_no_use=[{"deep": text}])
+    assert "of_no_use.deep: holds characters that a terminal would obey" in refused(folder)
