@@ -219,8 +219,7 @@ def tiling_error(views: Iterable[View], numel: int) -> str | None:
         outer = normal[0][1][0]
         same = all(atoms[0] == outer for _, atoms in normal)
         count, stride = outer
-        inside = all(offset + sum((n - 1) * s for n, s in atoms[1:]) < stride for offset, atoms in normal)
-        if not (same and inside and count * stride == numel):
+        if not (same and count * stride == numel):  # then what is inside of ``numel`` is inside of each repetition too
             break
         normal = [(offset, atoms[1:]) for offset, atoms in normal]
         numel = stride

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,83 @@ def test_blobs_which_are_a_link_to_elsewhere_are_refused(snapshot: Path, tmp_pat
     blobs = snapshot.parents[1] / "blobs"
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        open_checkpoint("org/name")
+
+
+SHA256, SHA1 = "5" * 64, "a1" * 20
+
+
+@pytest.fixture
+def local_dir(snapshot: Path, tmp_path: Path) -> Path:
+    """What older hub clients make of ``local_dir``: large files are links to blobs of the cache."""
+    blobs = snapshot.parents[1] / "blobs"
+    for name, tensor in ((SHA256, "a"), (SHA1, "b")):
+        save_file({tensor: torch.ones(2)}, blobs / name)
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(blobs / SHA256)
+    return folder
+
+
+@pytest.mark.parametrize("digest", [SHA256, SHA1])
+def test_a_local_dir_of_an_older_client_is_opened(local_dir: Path, snapshot: Path, digest: str) -> None:
+    (local_dir / "model.safetensors").unlink()
+    (local_dir / "model.safetensors").symlink_to(os.path.relpath(snapshot.parents[1] / "blobs" / digest, local_dir))
+    checkpoint = open_checkpoint(local_dir)
+    (name,) = checkpoint.tensors
+    with checkpoint.open("model.safetensors") as shard:
+        assert torch.equal(shard.read(checkpoint.tensors[name]), torch.ones(2))
+
+
+def test_a_local_dir_is_opened_where_the_cache_is_a_link(
+    local_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "link"))
+    assert list(open_checkpoint(local_dir).tensors) == ["a"]
+
+
+def relink(local_dir: Path, target: Path) -> None:
+    (local_dir / "model.safetensors").unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"w": torch.ones(2)}, target)
+    (local_dir / "model.safetensors").symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "hub/models--org--name/blobs/private.safetensors",
+        f"hub/models--org--name/blobs/{SHA256}0",
+        f"hub/models--org--name/refs/{SHA256}",
+        f"hub/models--org--name/blobs/more/{SHA256}",
+        f"hub/datasets--org--name/blobs/{SHA256}",
+        f"hub/{SHA256}",
+        f"elsewhere/models--org--name/blobs/{SHA256}",
+        f"hub/more/models--org--name/blobs/{SHA256}",
+    ],
+)
+def test_other_links_from_a_local_dir_are_refused(local_dir: Path, tmp_path: Path, place: str) -> None:
+    relink(local_dir, tmp_path / place)
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        open_checkpoint(local_dir)
+
+
+def test_a_blob_that_is_a_link_to_elsewhere_is_not_followed(local_dir: Path, snapshot: Path, tmp_path: Path) -> None:
+    blob = snapshot.parents[1] / "blobs" / SHA256
+    blob.rename(tmp_path / SHA256)
+    blob.symlink_to(tmp_path / SHA256)
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        open_checkpoint(local_dir)
+
+
+def test_a_snapshot_may_not_use_that_to_reach_another_repository(snapshot: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hub" / "models--org--private" / "blobs" / SHA256
+    other.parent.mkdir(parents=True)
+    save_file({"b": torch.ones(2)}, other)
+    (snapshot / "2.safetensors").unlink()
+    (snapshot / "2.safetensors").symlink_to(other)
     with pytest.raises(CheckpointError, match="link that leads out"):
         open_checkpoint("org/name")
 

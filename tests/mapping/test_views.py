@@ -406,3 +406,16 @@ def test_a_layout_too_irregular_to_prove_is_refused_and_not_believed(monkeypatch
     assert views.tiling_error(parts, 32) is None  # regular: pairs, sixteen times
     parts = [View(0, (((1, 1),),)), View(1, (((31, 1),),))]
     assert views.tiling_error(parts, 32) == "too irregular to prove: 32 separate cells (at most 8)"
+
+
+@pytest.mark.parametrize("cells", [1, 2, 32])
+def test_a_layout_of_as_many_cells_as_may_be_is_proven(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part for each cell, so that nothing can be factored out but in the first, which is one cell."""
+    parts = [View(n, (((1, 1),),)) for n in range(cells)]
+    monkeypatch.setattr(views, "MAX_CELLS", cells)
+    assert views.tiling_error(parts, cells) is None
+    assert views.tiling_error([parts[0], *parts[:-1]], cells) == (
+        None if cells == 1 else "some elements are covered twice"
+    )
+    monkeypatch.setattr(views, "MAX_CELLS", cells - 1)
+    assert f"too irregular to prove: {cells} separate cells" in (views.tiling_error(parts, cells) or "")
