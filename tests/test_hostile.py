@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 import tepatch
 from tepatch.cli import app
+from tepatch.cli.output import say
 from tepatch.errors import CheckpointError, MappingError, PlanError, Problem, TepatchError, visible
 from tepatch.hf.config import read_config
 from tepatch.mapping import parse_mapping
+from tepatch.mapping.bind import Binder
+from tepatch.mapping.values import BindError
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -220,3 +223,15 @@ def test_a_text_of_a_config_that_a_terminal_would_obey_is_refused(text: str, fol
     """Also in a field that nothing reads: transformers may log what it holds."""
     put(folder, of_no_use=[{"deep": text}])
     assert "of_no_use.deep: holds characters that a terminal would obey" in refused(folder)
+
+
+def test_captures_that_multiply_are_counted_before_names_are_made() -> None:
+    text = "version: 1\ncaptures: {a: 100000, b: 100000}\nparameters:\n  x.{a}.{b}: y.{a}.{b}\n"
+    mapping = parse_mapping(text, name="m.yaml")
+    with pytest.raises(BindError, match="stand for more than"):
+        next(Binder(mapping, {}).instances(mapping.rules[0]))
+
+
+def test_what_a_command_says_is_visible(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"a{ESCAPE}{BIDI}b")
+    assert capsys.readouterr().out == "a\\x1b[31m\\u202eb\n"
