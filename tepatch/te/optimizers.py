@@ -26,9 +26,13 @@ _layers: WeakSet[nn.Module] = WeakSet()
 def watch(layer: nn.Module) -> None:
     """Have the states of optimizers looked at that have parameters of ``layer``."""
     _layers.add(layer)
+    _wrap_once()
+
+
+@functools.cache
+def _wrap_once() -> None:
     method = torch.optim.Optimizer.load_state_dict
-    if not hasattr(method, "_tepatch_original"):
-        torch.optim.Optimizer.load_state_dict = _checking(method)  # type: ignore[method-assign]
+    torch.optim.Optimizer.load_state_dict = _checking(method)  # type: ignore[method-assign]
 
 
 def _checking(original: Any) -> Any:
@@ -47,7 +51,6 @@ def _checking(original: Any) -> Any:
             )
         return original(self, state_dict, *args, **kwargs)
 
-    load_state_dict._tepatch_original = original  # type: ignore[attr-defined]
     return load_state_dict
 
 

@@ -9,7 +9,14 @@ import torch
 
 from tepatch.errors import Problem, UnsupportedError
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+try:
+    from torch.compiler import is_exporting
+except ImportError:  # before torch 2.7
+
+    def is_exporting() -> bool:
+        return False
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,7 +33,7 @@ def refuse_to_be_recorded() -> None:
     for all.
     """
     is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if is_traced or _is_exporting():
+    if is_traced or is_exporting():
         raise UnsupportedError(
             Problem(
                 where="torch.jit.trace" if is_traced else "torch.export",
