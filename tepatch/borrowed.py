@@ -520,6 +520,18 @@ _ACCELERATE = (
     Borrowed("accelerate", "hooks", "the hooks in a sequence of some", ("tepatch.hf.placement",)),
     Borrowed(
         "accelerate",
+        "accelerate.utils.transformer_engine",
+        "exchanges the linear layers that named_children gives for copies, also beside Transformer Engine's layers",
+        ("tepatch.te.fused",),
+    ),
+    Borrowed(
+        "accelerate",
+        "accelerate.utils.modeling.load_checkpoint_in_model",
+        "asks for a state dict, and then fills what its names lead to, if it has a variable device_map",
+        ("tepatch.hf.languages",),
+    ),
+    Borrowed(
+        "accelerate",
         "weights_map",
         "from which a hook takes the parameters of its module, by their names there",
         ("tepatch.hf.placement",),
@@ -797,8 +809,9 @@ _PYTHON = (
     Borrowed(
         "sys",
         "_getframe",
-        "the caller's frame: nothing else tells who asks for a state dict to look its names up in the model",
-        ("tepatch.hf.languages",),
+        "the caller's frame: nothing else tells who asks for a state dict to look its names up in the model, or walks "
+        "down by children to exchange layers",
+        ("tepatch.hf.languages", "tepatch.te.fused"),
     ),
 )
 

@@ -1740,6 +1740,37 @@ def class_of_recipes(folder: Path) -> None:
     assert all(issubclass(kind, module.Recipe) for kind in kinds)
 
 
+@check("accelerate", "accelerate.utils.transformer_engine")
+def who_exchanges_layers(folder: Path) -> None:
+    from accelerate.utils import transformer_engine
+
+    tree = ast.parse(inspect.getsource(transformer_engine.convert_model))
+    calls = [node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")]
+    assert "named_children" in calls
+    assert transformer_engine.convert_model.__module__ == transformer_engine.__name__
+
+
+@check("accelerate", "accelerate.utils.modeling.load_checkpoint_in_model")
+def who_fills_by_name(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            frame = sys._getframe(1)
+            seen.append((frame.f_globals["__name__"], frame.f_code.co_name, frame.f_locals["device_map"]))
+            assert not self.weight.detach().any()
+            return super().state_dict(*args, **kwargs)
+
+    seen: list[Any] = []
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
+    accelerate.load_checkpoint_in_model(Asked(), str(folder), device_map={"": "cpu"})
+    assert seen[0] == ("accelerate.utils.modeling", "load_checkpoint_in_model", {"": "cpu"})
+
+
 # -- Python --
 
 

@@ -12,6 +12,7 @@ So each of q, k, v, gate, up and the norm has an adapter of its own, and it is t
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -23,10 +24,12 @@ from tepatch.errors import Problem, UnsupportedError
 from tepatch.te.frozen import forget
 from tepatch.te.quantized import is_quantized
 from tepatch.te.reference_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
-from tepatch.te.references import Weak
+from tepatch.te.references import Method, Weak
 
 _OF_TORCH: Any = torch._C.TensorBase
-"""Whose properties ``ProjectedTensor`` refines."""
+"""Whose properties ``ShownTensor`` refines."""
+_CONVERTS = "accelerate.utils.transformer_engine"
+"""The module that walks down a model by ``named_children`` and exchanges what it finds."""
 
 
 class ShownTensor(Tensor):
@@ -480,7 +483,9 @@ class Projection(StandIn, nn.Linear):  # type: ignore[misc, override]
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self.in_features = self.weight.shape[1]
+        weight = rows.parameter("weight")
+        assert weight is not None
+        self.in_features = weight.shape[1]
         self.out_features = rows.count
 
     def forward(self, input: Tensor) -> Tensor:
@@ -581,6 +586,7 @@ class Place:
         parent = self._parent()
         assert parent is not None
         parent.add_module(self.attribute, self.stand_in)
+        parent.named_children = Method(_children, parent)  # type: ignore[method-assign]
 
     @property
     def standing(self) -> nn.Module:
@@ -602,6 +608,19 @@ class Place:
     def call(self, input: Tensor, output: Tensor) -> Tensor:
         """What stands there makes of ``input``, of which the stand-in itself makes ``output``."""
         return self.stand_in.called_through(self.standing, input, output)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module's children. Those that are stand-ins are not shown to accelerate's conversion.
+
+    For FP8 it puts a Transformer Engine layer with a copy of the weight in each linear layer's place, and there is one
+    already.
+    """
+    found = type(module).named_children(module)
+    caller = sys._getframe(2)  # behind ``Method.__call__``
+    if caller.f_globals.get("__name__") != _CONVERTS:
+        return found
+    return ((name, child) for name, child in found if not isinstance(child, StandIn))
 
 
 class Places:

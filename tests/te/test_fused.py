@@ -6,12 +6,13 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils.transformer_engine import convert_model
 from rounding import ELEMENTWISE, assert_close
 from torch import Tensor, nn
 
@@ -315,6 +316,18 @@ def test_a_walk_by_children_meets_what_a_walk_by_names_does() -> None:
     assert [name for name, _ in holder.named_children()] == ["fused", "q", "k", "v"]
     assert holder.get_submodule("k") is holder.k
     assert {"q", "k", "v"} <= {name for name, _ in holder.named_modules()}
+
+
+def test_accelerates_conversion_for_fp8_finds_the_fused_module_only() -> None:
+    """It walks down by children, and would exchange each linear layer for a copy that no optimizer knows."""
+    walks = FunctionType(
+        (lambda module: [name for name, _ in module.named_children()]).__code__,
+        {"__name__": convert_model.__module__, "__builtins__": __builtins__},
+    )
+    for holder in (norm_linear(), copy.deepcopy(norm_linear()), pickle.loads(pickle.dumps(norm_linear()))):
+        assert walks(holder) == ["fused"]
+        holder.k = Doubled(holder.k)
+        assert walks(holder) == ["fused", "k"]
 
 
 @pytest.mark.parametrize(
