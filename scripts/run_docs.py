@@ -13,6 +13,9 @@ The words after a fence's language say what is done with it:
     ```python not run: WHY      left alone (any language); so is Python that begins with "# not run"
     <!-- run ... -->            Python that readers need not see
 
+Every page, and every command of tepatch's, is run by a process of its own. Of several pages these are forked when
+torch, transformers and tepatch have been imported and nothing has been computed: importing takes longer than the rest.
+
 A line "..." in an output stands for any lines. Decimal fractions (times, errors), versions and digests are not
 compared. Nothing is downloaded: ``pip install -e FOLDER`` is done by hand, from the folder's own pyproject.toml.
 """
@@ -22,21 +25,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import io
+import json
 import linecache
+import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import tomllib
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / ".demo"
 
+_SHELL = re.compile(r"[|&;<>$`*(){}]")
+"""What only a shell understands."""
 _ELISION = re.compile(r"^[ \t]*\.\.\.[ \t]*\n", re.MULTILINE)
 
 _BLOCK = re.compile(
@@ -107,6 +119,79 @@ def same(shown: str, printed: str) -> bool:
     return re.fullmatch(r"(?:.*\n)?".join(map(re.escape, pieces)), printed.strip("\n") + "\n", re.DOTALL) is not None
 
 
+def import_all() -> None:
+    """Import what the pages use, before anything is forked."""
+    for name in ("cli", "loading", "conversion", "certification", "plugins", "proof", "testing", "verify"):
+        importlib.import_module(f"tepatch.{name}")
+    importlib.import_module("transformers.models.llama.modeling_llama")
+
+
+def forked(function: Callable[[], Any]) -> tuple[int, str]:
+    """Run ``function`` in a process forked from this one; gives its exit code and what it has printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with open(os.devnull, "rb") as nothing:
+                    os.dup2(nothing.fileno(), 0)
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                code = int(function() or 0)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(Exception):
+                        stream.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        printed.seek(0)
+        return code, printed.read()
+
+
+class Programs:
+    """Runs commands of tepatch's by a process that was forked before this one has computed anything."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            self._ours.close()
+            while True:
+                try:
+                    arguments, paths, environment, folder = theirs.recv()
+                except EOFError:
+                    os._exit(0)
+                theirs.send(forked(partial(self._run, arguments, paths, environment, folder))[1])
+        theirs.close()
+
+    def run(self, arguments: list[str], paths: list[str], environment: dict[str, str]) -> str:
+        """What ``tepatch ARGUMENTS`` prints, with ``paths`` added to Python's."""
+        self._ours.send((arguments, paths, environment, os.getcwd()))
+        return str(self._ours.recv())
+
+    def close(self) -> None:
+        self._ours.close()
+        os.waitpid(self._child, 0)
+
+    @staticmethod
+    def _run(arguments: list[str], paths: list[str], environment: dict[str, str], folder: str) -> None:
+        from tepatch.cli import main
+
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.path[:0] = paths
+        sys.argv = ["tepatch", *arguments]
+        main()
+
+
 class PageRun:
     """Runs the blocks of one page in the working directory."""
 
@@ -115,6 +200,7 @@ class PageRun:
         self.text = page.read_text(encoding="utf-8")
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.printed = ""
+        self.programs = Programs()
         self.paths: list[str] = []
         """What ``pip install -e`` has added to ``sys.path``."""
         self.changes: list[tuple[tuple[int, int], str]] = []
@@ -167,17 +253,20 @@ class PageRun:
             "PYTHONPATH": os.pathsep.join([*self.paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "COLUMNS": "200",
         }
-        done = subprocess.run(
-            command,
-            shell=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n" if done.stdout else ""
+        if command.startswith("tepatch ") and not _SHELL.search(command):
+            printed = self.programs.run(shlex.split(command)[1:], self.paths, {"COLUMNS": environment["COLUMNS"]})
+        else:
+            printed = subprocess.run(
+                command,
+                shell=True,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            ).stdout
+        return "\n".join(line.rstrip() for line in printed.splitlines()) + "\n" if printed else ""
 
     def _install(self, folder: Path) -> None:
         """What an editable installation comes to: the sources are on the path, with the package's metadata."""
@@ -208,10 +297,11 @@ def run_page(page: Path, *, check: bool) -> bool:
         if DEMO.is_dir():
             (Path(folder) / ".demo").symlink_to(DEMO)
         os.chdir(folder)
+        run = PageRun(page)
         try:
-            run = PageRun(page)
             text = run.run()
         finally:
+            run.programs.close()
             os.chdir(before)
     if text == run.text:
         return True
@@ -222,20 +312,30 @@ def run_page(page: Path, *, check: bool) -> bool:
     return False
 
 
+def page_code(page: Path, *, check: bool) -> int:
+    return 0 if run_page(page, check=check) or not check else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("pages", nargs="*", type=Path)
+    parser.add_argument(
+        "--serve", action="store_true", help="read pages from stdin, and print [exit code, output] as JSON for each"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; end with 1 where a page is not current")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pages show what a CPU does
-    pages = [page.resolve() for page in arguments.pages]
-    if len(pages) > 1:  # a process each: pages must not share what they import
-        check = ["--check"] if arguments.check else []
-        codes = [subprocess.run([sys.executable, __file__, *check, str(page)]).returncode for page in pages]
-        return max(codes)
-    is_current = run_page(pages[0], check=arguments.check)
-    return 0 if is_current or not arguments.check else 1
+    if not arguments.serve and len(arguments.pages) == 1:
+        return page_code(arguments.pages[0].resolve(), check=arguments.check)
+    import_all()
+    asked = (line.strip() for line in iter(sys.stdin.readline, "")) if arguments.serve else map(str, arguments.pages)
+    worst = 0
+    for name in asked:
+        code, printed = forked(partial(page_code, Path(name).resolve(), check=arguments.check))
+        worst = max(worst, code)
+        print(f"{json.dumps([code, printed])}\n" if arguments.serve else printed, end="", flush=True)
+    return worst
 
 
 if __name__ == "__main__":

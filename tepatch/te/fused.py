@@ -519,6 +519,10 @@ class Norm(StandIn):
         out: Tensor = self.independent()(input) if owner is None else owner.normed(input)
         return out
 
+    def extra_repr(self) -> str:
+        weight = self._rows.parameter("weight")
+        return f"{0 if weight is None else len(weight)}, eps={self.eps:g}"
+
     def independent(self) -> nn.Module:
         weight, bias = self.weight, self.bias
         cls: Any = RMSNorm if bias is None else LayerNorm
