@@ -250,6 +250,7 @@ UNSAFE = {
 REVIEWED = {
     ("scripts/run_docs.py", "exec"): "runs the blocks of the project's own pages",
     ("scripts/run_docs.py", "compile"): "the same",
+    ("scripts/run_docs.py", "importlib.import_module"): "names that stand there",
     ("tepatch/__init__.py", "importlib.import_module"): "names of a table beside it",
     ("tepatch/cli/diagnosing.py", "importlib.import_module"): "two names that stand there",
     ("tepatch/patch.py", "importlib.import_module"): "names that a plugin's Patch gives",
