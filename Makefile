@@ -37,7 +37,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-all test-oldest test-matrix test-next fuzz lint fix clean
+.PHONY: help demo test pytest test-slow test-all test-oldest test-matrix test-next fuzz lint fix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -45,13 +45,16 @@ help:  ## show this list
 demo: $(STAMP) | $(CHECKPOINT)  ## convert a real checkpoint, load it with tepatch and let it talk
 	@$(VENV)/bin/python examples/demo.py
 
-test: lint pytest  ## lint, then run every test
+test: lint pytest  ## lint, then run every test but the slow ones of the scripts
 
 # Listed after lint in `test`, and ordered after it under `make -j` too.
 pytest: $(STAMP) | lint
-	@$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-test-all: test test-oldest  ## run every test with the newest and the oldest transformers: takes long
+test-slow: $(STAMP)  ## run the tests of benchmarks, of the matrix and of the fuzzer
+	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(ARGS)
+
+test-all: test test-slow test-oldest  ## run every test with the newest and the oldest transformers: takes long
 
 test-oldest: $(OLDEST_STAMP)  ## run every test with the oldest transformers that is supported
 	@$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)

@@ -15,6 +15,8 @@ import pytest
 
 from tepatch.te import probe
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "batches": ["2x16", "1x32"],
     "layers": 2,

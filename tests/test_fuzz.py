@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fuzz(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

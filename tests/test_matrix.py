@@ -19,6 +19,8 @@ from packaging.version import Version
 
 import tepatch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "matrix.py"
 PINS = {"transformers": "5.90.0", "peft": "0.90.0", "accelerate": "1.90.0"}
