@@ -45,13 +45,13 @@ help:  ## show this list
 demo: $(STAMP) | $(CHECKPOINT)  ## convert a real checkpoint, load it with tepatch and let it talk
 	@$(VENV)/bin/python examples/demo.py
 
-test: lint pytest  ## lint, then run every test but the slow ones of the scripts
+test: lint pytest  ## lint, then run the tests but the slow ones (test-slow)
 
 # Listed after lint in `test`, and ordered after it under `make -j` too.
 pytest: $(STAMP) | lint
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP)  ## run the tests of benchmarks, of the matrix and of the fuzzer
+test-slow: $(STAMP)  ## run what make test leaves out: benchmarks, matrix, fuzzer, long texts
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 test-all: test test-slow test-oldest  ## run every test with the newest and the oldest transformers: takes long

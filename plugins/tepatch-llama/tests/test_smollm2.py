@@ -29,6 +29,7 @@ def tokenizer(smollm2: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2)
 
 
+@pytest.mark.slow
 def test_logits_over_1024_real_tokens_are_hugging_faces(
     models: tuple[Any, Any], tokenizer: Any, pytestconfig: pytest.Config
 ) -> None:
@@ -47,6 +48,7 @@ def test_logits_over_1024_real_tokens_are_hugging_faces(
     assert found.top1_agreement > 0.99  # two logits that are all but equal may change their places
 
 
+@pytest.mark.slow
 def test_64_greedy_tokens_are_hugging_faces(models: tuple[Any, Any], tokenizer: Any) -> None:
     prompt = tokenizer("The history of the steam engine begins", return_tensors="pt")
     settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
