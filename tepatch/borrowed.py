@@ -18,7 +18,7 @@ __all__ = ["BORROWED", "Borrowed"]
 class Borrowed:
     """One name, which its library may take away without a word."""
 
-    library: str
+    package: str
     """The name of the package that is imported."""
     name: str
     """As it is spelt in the code."""

@@ -143,8 +143,8 @@ def checks(library: str, names: Iterable[str], function: Callable[[str, Path], N
 ENTRIES = [
     pytest.param(
         entry,
-        id=f"{entry.library}: {entry.name}",
-        marks=[pytest.mark.gpu] if entry.library == "transformer_engine" or entry.name == "cudaHostRegister" else [],
+        id=f"{entry.package}: {entry.name}",
+        marks=[pytest.mark.gpu] if entry.package == "transformer_engine" or entry.name == "cudaHostRegister" else [],
     )
     for entry in BORROWED
 ]
@@ -153,10 +153,10 @@ ENTRIES = [
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_what_is_borrowed_is_what_the_code_relies_on(entry: Borrowed, tmp_path: Path) -> None:
     try:
-        CHECKS[entry.library, entry.name](tmp_path)
+        CHECKS[entry.package, entry.name](tmp_path)
     except Exception as error:
         modules = ", ".join(entry.used_in)
-        text = f"{entry.name!r} of {entry.library} is gone, or not what it was: {entry.why} (used in {modules})"
+        text = f"{entry.name!r} of {entry.package} is gone, or not what it was: {entry.why} (used in {modules})"
         raise AssertionError(text) from error
 
 
@@ -1956,7 +1956,7 @@ def code(pytestconfig: pytest.Config) -> dict[str, str]:
 
 
 def test_each_entry_has_one_check_and_each_check_an_entry() -> None:
-    names = [(entry.library, entry.name) for entry in BORROWED]
+    names = [(entry.package, entry.name) for entry in BORROWED]
     assert len(set(names)) == len(names)
     assert set(names) == set(CHECKS)
 

@@ -215,7 +215,13 @@ def test_a_change_of_rows_in_another_order_is_in_the_model(change: str, permuted
 
 @pytest.mark.parametrize(
     "change",
-    [lambda w: w[0].mul_(2), lambda w: w.T.zero_(), lambda w: w.detach().add_(1), lambda w: w.view(-1).fill_(0)],
+    [
+        lambda w: w[0].mul_(2),
+        lambda w: w.T.zero_(),
+        lambda w: w.detach().add_(1),
+        lambda w: w.view(-1).fill_(0),
+        lambda w: torch.transpose(input=w, dim0=0, dim1=1).zero_(),
+    ],
 )
 def test_a_part_of_rows_in_another_order_is_not_changed_without_a_word(change: Any, permuted: Any) -> None:
     projection = permuted.model.layers[1].self_attn.q_proj
@@ -275,6 +281,19 @@ def test_a_part_that_lacks_something_is_an_error_by_the_stock_name(ours: Any, st
     part["self_attn.k_proj.weight"] = torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match=r"size mismatch for self_attn\.k_proj\.weight"):
         ours.model.layers[0].load_state_dict(part)
+
+
+def test_a_parameter_that_is_shown_in_part_stays_missing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "scaled.yaml").write_text(
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
+        "    self_attn.qkv.weight:\n      sizes: [q, kv, kv]\n      concat:\n"
+        "        [self_attn.q_proj.weight, self_attn.k_proj.weight, {of: self_attn.v_proj.weight, scale: 2}]\n"
+    )
+    model = tepatch.load("llama", folder, backend="reference", mapping=tmp_path / "scaled.yaml")
+    names = ("q_proj", "k_proj", "o_proj")
+    part = {f"{name}.weight": getattr(model.model.layers[0].self_attn, name).weight.detach() for name in names}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: .*"qkv\.weight"'):
+        model.model.layers[0].self_attn.load_state_dict(part)
 
 
 def test_functional_call_takes_own_tensors_and_refuses_others(ours: Any) -> None:

@@ -29,7 +29,8 @@ def install_stand_ins(model: nn.Module, plan: Plan) -> None:
     """Put a ``StandIn`` at the path of each module of the stock model that a fused module of ``model`` holds.
 
     ``plan`` relates the original checkpoint and the parameters. Where a module stands at the path already, or the
-    path leads through something that is no plain module, nothing is put. Parameters, state dicts and outputs stay
+    path leads through something that is no plain module, nothing is put; where no view can show it, what stands there
+    raises by its name (``Absent``). Parameters, state dicts and outputs stay
     what they are; where another module has been put around a stand-in, they name it as the stock model's would
     (``q_proj.base_layer.weight``). To be called when the state dict is translated already (``tepatch.hf.state``).
     """
@@ -97,16 +98,20 @@ def take_for_a_part(
         here = owner_path.removesuffix(inner).rstrip(".") if inner else owner_path
         start = f"{prefix}{inner}." if inner else prefix
         keys: dict[str, list[str]] = {}
+        covered: dict[str, int] = {}
         for rows in (place.stand_in.rows for place in places):
             for leaf, name in (("weight", rows.weight), ("bias", rows.bias)):
                 if name is not None:
                     keys.setdefault(name, [])
+                    covered[name] = covered.get(name, 0) + rows.count
                     if rows.path.startswith(f"{here}."):  # else it is outside of what is loaded
                         keys[name].append(f"{prefix}{rows.path.removeprefix(f'{here}.')}.{leaf}")
         if not any(key in state_dict for each in keys.values() for key in each):
             continue
         for name, each in keys.items():
-            if start + name not in state_dict and (parameter := fused._parameters.get(name)) is not None:
+            parameter = fused._parameters.get(name)
+            # What is shown in part only would be filled in part only, and stays missing.
+            if parameter is not None and covered[name] == len(parameter) and start + name not in state_dict:
                 missing += [key for key in each if key not in state_dict]
                 state_dict[start + name] = parameter
 

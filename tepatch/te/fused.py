@@ -122,10 +122,10 @@ class GatheredTensor(ShownTensor):
                 )
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-        for each in changed:
-            each._stand_in.write(each._name, _plain(each))
-            return out if out is None else each
-        return _marked(out, [each for each in args if isinstance(each, GatheredTensor)])
+        if changed:  # one, and it is whole
+            changed[0]._stand_in.write(changed[0]._name, _plain(changed[0]))
+            return out if out is None else changed[0]
+        return _marked(out, [each for each in (*args, *kwargs.values()) if isinstance(each, GatheredTensor)])
 
 
 def _plain(tensor: Tensor) -> Tensor:
