@@ -161,8 +161,8 @@ def _limit(contender: str, folder: Path, device: str) -> Load:
     from safetensors import safe_open
 
     from tepatch.checkpoint import open_checkpoint
-    from tepatch.streaming.raw import copy_bytes, read_bytes, stream_bytes
-    from tepatch.streaming.settings import Reading
+    from tepatch.transfer.raw import copy_bytes, read_bytes, stream_bytes
+    from tepatch.transfer.settings import Reading
 
     checkpoint, reading, on = open_checkpoint(folder), Reading(), torch.device(device)
     cores = len(os.sched_getaffinity(0))
@@ -197,7 +197,7 @@ def _tepatch(kind: str, folder: Path, device: str, *, is_te: bool) -> Load:
     import tepatch
     import tepatch.loading
     import tepatch_llama.layer  # noqa: F401
-    from tepatch.streaming.settings import Reading
+    from tepatch.transfer.settings import Reading
 
     source = kind if kind in SOURCES else "direct"
     if source in PACKAGES and importlib.util.find_spec(PACKAGES[source]) is None:
@@ -308,7 +308,7 @@ def differing(contender: str, model: Any, folder: Path) -> list[str] | None:
     import torch
     from safetensors.torch import load_file
 
-    from tepatch.execute import restore_tensors
+    from tepatch.transfer.fill import restore_tensors
 
     if contender not in OURS + PEERS or contender in ("tepatch-fp8", "te_llama"):
         return None
@@ -407,7 +407,7 @@ def timed(load: Load, contender: str, folder: Path, device: str, *, is_first: bo
 
 def largest_target(plan: Any) -> int:
     """Of the parameters inside layers, which are those that can be quantized."""
-    from tepatch.streaming.pieces import item_size
+    from tepatch.transfer.pieces import item_size
 
     inside = [entry for name, entry in plan.targets.items() if ".layers." in name]
     return max(item_size(entry.dtype) * math.prod(entry.shape) for entry in inside)
@@ -500,7 +500,7 @@ def size_of(folder: Path) -> int:
 
 def drop(folder: Path) -> str:
     """Drop the files from the page cache; says how, or by how much that failed."""
-    from tepatch.streaming.raw import cached_share, forget
+    from tepatch.transfer.raw import cached_share, forget
 
     forget(files_of(folder))
     if (left := cached_share(files_of(folder))) is not None and left < 0.01:

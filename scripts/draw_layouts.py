@@ -17,7 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tepatch.mapping import Copy, Plan, Spec, make_plan, parse_mapping
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Copy, Plan, Spec, make_plan
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 

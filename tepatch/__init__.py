@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from tepatch.certification import certify, check_certificate
     from tepatch.conversion import convert
     from tepatch.errors import TepatchError
-    from tepatch.export import save
     from tepatch.hf.selection import select_parameters
     from tepatch.hookspecs import hookimpl
     from tepatch.loading import build, load, plan
     from tepatch.patch import Patch
     from tepatch.replace import replace_layers
-    from tepatch.streaming.settings import Reading
+    from tepatch.saving import save
     from tepatch.te.layer import set_precision, weight_copies
+    from tepatch.transfer.settings import Reading
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 
 _HOMES = {
     "Patch": "tepatch.patch",
-    "Reading": "tepatch.streaming.settings",
+    "Reading": "tepatch.transfer.settings",
     "TepatchError": "tepatch.errors",
     "build": "tepatch.loading",
     "certify": "tepatch.certification",
@@ -54,7 +54,7 @@ _HOMES = {
     "load": "tepatch.loading",
     "plan": "tepatch.loading",
     "replace_layers": "tepatch.replace",
-    "save": "tepatch.export",
+    "save": "tepatch.saving",
     "select_parameters": "tepatch.hf.selection",
     "set_precision": "tepatch.te.layer",
     "weight_copies": "tepatch.te.layer",

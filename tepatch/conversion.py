@@ -19,23 +19,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tepatch import __version__
-from tepatch.assembly import check_constants, check_copies
-from tepatch.checkpoint import dtype_code, open_checkpoint, torch_dtype
+from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.listing import parse_json
 from tepatch.checkpoint.manifest import MANIFEST, STEM, Manifest, Original, printable
 from tepatch.checkpoint.staging import Staging
-from tepatch.digests import Promised, held, promised
+from tepatch.dtypes import dtype_code, torch_dtype
 from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.hf.config import AutoClass
-from tepatch.job import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
-from tepatch.mapping import Plan
-from tepatch.mapping.plan import is_convertible
+from tepatch.hf.digests import Promised, held, promised
+from tepatch.hf.prepare import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
 from tepatch.patch import Patch
+from tepatch.planning import Plan
+from tepatch.planning.plan import is_convertible
 from tepatch.plugins import PluginHost, default_host
-from tepatch.storing import CONFIGS, MAX_SHARD_SIZE, Outline, companions
-from tepatch.tensors import Parameters, Tensors, on_cpu_by_default
+from tepatch.transfer.reader import Parameters, Tensors, on_cpu_by_default
+from tepatch.transfer.steps import check_constants, check_copies
+from tepatch.transfer.write import CONFIGS, MAX_SHARD_SIZE, Outline, companions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -14,33 +14,34 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tepatch.checkpoint import open_checkpoint, torch_dtype
+from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
-from tepatch.digests import promised
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import BackendError, PlanError, Problem
-from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import AutoClass, unknown_architectures
+from tepatch.hf.digests import promised
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, check_outputs, finish_loading, install, set_generation_config
 from tepatch.hf.names import keep_renamings
 from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
+from tepatch.hf.prepare import AUTO, Job, find_patch, given_config, settle
 from tepatch.hf.sharding import Parallelize, check_mesh, shard
 from tepatch.hf.stand_ins import install_stand_ins
 from tepatch.hf.state import attach
-from tepatch.job import AUTO, Job, find_patch, given_config, settle
-from tepatch.mapping import Plan
 from tepatch.patch import Patch
+from tepatch.planning import Plan
 from tepatch.plugins import PluginHost
 from tepatch.proof import ensure_proven
 from tepatch.report import Deferred, Report, installed_versions
-from tepatch.streaming.settings import Reading
-from tepatch.streaming.shards import Cut
 from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
-from tepatch.te.precision import read_precision
-from tepatch.te.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
-from tepatch.tensors import Tensors, on_cpu_by_default
+from tepatch.te.nvidia.precision import read_precision
+from tepatch.te.nvidia.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
+from tepatch.transfer.fill import Destination, load_tensors
+from tepatch.transfer.reader import Tensors, on_cpu_by_default
+from tepatch.transfer.settings import Reading
+from tepatch.transfer.shards import Cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -23,7 +23,7 @@ import xxhash
 from tepatch.checkpoint import open_checkpoint
 from tepatch.errors import PlanError, Problem, ProofError, TepatchError, first_line
 from tepatch.hf.config import model_class, text_config
-from tepatch.job import given_config, serves_inside
+from tepatch.hf.prepare import given_config, serves_inside
 from tepatch.patch import Patch
 from tepatch.proven import (
     FORMAT,

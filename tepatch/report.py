@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from tepatch.errors import visible
-from tepatch.mapping.plan import Plan
 from tepatch.mapping.rules import Mapping as Rules
+from tepatch.planning.plan import Plan
 
 
 class Deferred:

@@ -19,12 +19,12 @@ import torch
 from tepatch.checkpoint import open_checkpoint
 from tepatch.errors import CheckpointError, PlanError, Problem
 from tepatch.hf.config import AutoClass, read_config
-from tepatch.job import AUTO
+from tepatch.hf.prepare import AUTO
 from tepatch.loading import load
 from tepatch.patch import Patch
 from tepatch.report import Report
 from tepatch.te import BackendName
-from tepatch.tensors import on_cpu_by_default
+from tepatch.transfer.reader import on_cpu_by_default
 
 CHUNK = 512
 """Tokens compared at a time: bounds the float64 temporaries."""

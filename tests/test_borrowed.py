@@ -88,11 +88,11 @@ from tepatch.borrowed import BORROWED, Borrowed
 from tepatch.hf import attention, placement
 from tepatch.hf.named import without_wrappers
 from tepatch.hf.sharding import cuts_of
-from tepatch.streaming.memory import HostMemory
-from tepatch.te import frozen
 from tepatch.te.attention import ACTIVATIONS
-from tepatch.te.reference_mlp import activate
+from tepatch.te.nvidia import weight_cache as frozen
+from tepatch.te.reference.mlp import activate
 from tepatch.te.rope import apply_rotary
+from tepatch.transfer.memory import HostMemory
 
 pytestmark = [
     # What Transformer Engine and torch say on a GPU, each once in a process.
@@ -2036,12 +2036,14 @@ def test_a_private_name_that_is_added_anywhere_is_found(pytestconfig: pytest.Con
         shutil.copytree(
             pytestconfig.rootpath / place, tmp_path / place, ignore=shutil.ignore_patterns("tests", "*.pyc")
         )
-    for number, file in enumerate(("tepatch/te/frozen.py", "plugins/tepatch-llama/src/tepatch_llama/layer.py")):
+    for number, file in enumerate(
+        ("tepatch/te/nvidia/weight_cache.py", "plugins/tepatch-llama/src/tepatch_llama/layer.py")
+    ):
         path = tmp_path / file
         path.write_text(path.read_text(encoding="utf-8") + f"\nnn._made_up_{number}\n", encoding="utf-8")
     found = set(unlisted(sources(tmp_path))) - set(unlisted(sources(pytestconfig.rootpath)))
     assert {(use.module, use.name) for use in found} == {
-        ("tepatch.te.frozen", "_made_up_0"),
+        ("tepatch.te.nvidia.weight_cache", "_made_up_0"),
         ("tepatch_llama.layer", "_made_up_1"),
     }
 

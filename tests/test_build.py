@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tepatch
 from tepatch.errors import BackendError, PlanError
-from tepatch.execute import restore_tensors
+from tepatch.transfer.fill import restore_tensors
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256,

@@ -22,11 +22,11 @@ from tepatch.certification import Certificate, certify, check_certificate
 from tepatch.certification.certificate import CERTIFICATE, PAGE, body_digest, certificate_text
 from tepatch.certification.comparison import Operation, deviation, difference
 from tepatch.certification.sides import encoded
-from tepatch.checkpoint import torch_dtype
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import CheckpointError, PlanError, SaveError
-from tepatch.mapping import Copy
-from tepatch.mapping.bind import IDENTITY, Affine
-from tepatch.mapping.views import Pair
+from tepatch.planning import Copy
+from tepatch.planning.bind import IDENTITY, Affine
+from tepatch.views import Pair
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tepatch
-from tepatch.assembly import same_bits
 from tepatch.checkpoint.manifest import read_manifest
 from tepatch.errors import CheckpointError, LoadError, PlanError, SaveError
 from tepatch.plugins import PluginHost, default_host
+from tepatch.transfer.steps import same_bits
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tepatch
-from tepatch.checkpoint import open_checkpoint, torch_dtype
+from tepatch.checkpoint import open_checkpoint
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import CheckpointError, PlanError
 
 Make = Callable[..., Any]
@@ -136,7 +137,7 @@ def test_a_third_layout_has_no_digests_of_what_is_given_back(source: Path, tmp_p
     third = tmp_path / "third"
     third.mkdir()
     (plan,) = model.tepatch.others()
-    tensors = tepatch.execute.restore_tensors(plan, dict(model.named_parameters()))
+    tensors = tepatch.transfer.fill.restore_tensors(plan, dict(model.named_parameters()))
     save_file({name: tensor.float() for name, tensor in tensors}, third / "model.safetensors")
     (third / "config.json").write_text((source / "config.json").read_text())
     te = convert(third, tmp_path / "te", to="te").destination

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tepatch
 from tepatch.errors import PlanError, PluginError, ReplaceError
-from tepatch.mapping.stored import plan_from_json
+from tepatch.planning.stored import plan_from_json
 from tepatch.verify import verify
 
 CLASSES = {

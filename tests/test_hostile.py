@@ -19,8 +19,8 @@ from tepatch.cli.output import say
 from tepatch.errors import CheckpointError, MappingError, PlanError, Problem, TepatchError, visible
 from tepatch.hf.config import read_config
 from tepatch.mapping import parse_mapping
-from tepatch.mapping.bind import Binder
 from tepatch.mapping.values import BindError
+from tepatch.planning.bind import Binder
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tepatch import planning
 
 LIGHT = ["tepatch", "tepatch.plugins", "tepatch.mapping", "tepatch.checkpoint", "tepatch.te", "tepatch.replace"]
 
@@ -31,9 +34,9 @@ def test_importing_tepatch_takes_a_moment() -> None:
 
 
 ORDER = [
-    *("errors", "borrowed", "contract", "progress", "mapping", "te", "report", "patch", "hookspecs", "plugins"),
-    *("replace", "checkpoint", "assembly", "tensors", "storing", "streaming", "execute", "hf", "job"),
-    *("digests", "proven", "testing", "proof", "loading", "export", "conversion", "verify", "certification", "cli"),
+    *("errors", "borrowed", "contract", "progress", "dtypes", "views", "mapping", "planning", "te", "report"),
+    *("patch", "hookspecs", "plugins", "replace", "checkpoint", "transfer", "hf"),
+    *("proven", "testing", "proof", "loading", "saving", "conversion", "verify", "certification", "cli"),
 ]
 """Imports go one way: a room may import those before it."""
 ENTRANCES = {"__init__", "__main__"}
@@ -86,3 +89,15 @@ def _imported(path: Path) -> list[str]:
             whole = node.module == "tepatch"
             out += [f"tepatch.{alias.name}" for alias in node.names] if whole else [node.module]
     return out
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("tepatch.mapping.diff", "diff_plans"), ("tepatch.mapping.stored", "read_plan")]
+)
+def test_what_has_moved_is_found_with_a_warning(module: str, name: str) -> None:
+    old = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match="tepatch.planning"):
+        found = getattr(old, name)
+    assert found is getattr(planning, name)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        old.no_such_name  # noqa: B018

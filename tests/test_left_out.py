@@ -67,7 +67,7 @@ def te_llama(folder: Path, extra: Any) -> Path:
     """The folder of a Llama in te_llama's layout, as a ``.bin`` with ``extra`` in it."""
     model = load(folder)
     (plan,) = model.tepatch.others()
-    tensors = dict(tepatch.execute.restore_tensors(plan, dict(model.named_parameters())))
+    tensors = dict(tepatch.transfer.fill.restore_tensors(plan, dict(model.named_parameters())))
     (folder / "model.safetensors").unlink()
     torch.save({**tensors, EXTRA: extra}, folder / "pytorch_model.bin")
     return folder

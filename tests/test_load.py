@@ -27,13 +27,14 @@ from tepatch.errors import (
     PluginError,
     TepatchError,
 )
-from tepatch.execute import Destination, load_tensors
 from tepatch.hf.config import read_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.model import build_on_meta, keep_in_float32
-from tepatch.job import settle
-from tepatch.mapping import Spec, make_plan, parse_mapping
+from tepatch.hf.prepare import settle
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Spec, make_plan
 from tepatch.plugins import default_host
+from tepatch.transfer.fill import Destination, load_tensors
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]

@@ -21,7 +21,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import tepatch
 from tepatch.errors import UnsupportedError
-from tepatch.te.fused import StandIn
+from tepatch.te.projections import StandIn
 
 peft = pytest.importorskip("peft", reason="needs peft")
 

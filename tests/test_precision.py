@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import tepatch
 from tepatch.errors import BackendError, PlanError, UnsupportedError
 from tepatch.te.layer import AcceleratedLayer, apply_precision
-from tepatch.te.precision import read_precision, recipe_in_force
+from tepatch.te.nvidia.precision import read_precision, recipe_in_force
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,

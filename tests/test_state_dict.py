@@ -17,8 +17,8 @@ from torch import nn
 
 import tepatch
 from tepatch.errors import PlanError
-from tepatch.hf.languages import names_of
 from tepatch.hf.state import patched_names
+from tepatch.hf.translate import names_of
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -662,7 +662,8 @@ def test_a_plan_of_many_tensors_is_translated_in_a_moment() -> None:
     import time
     from types import SimpleNamespace
 
-    from tepatch.mapping import Spec, make_plan, parse_mapping
+    from tepatch.mapping import parse_mapping
+    from tepatch.planning import Spec, make_plan
 
     rules = parse_mapping(
         "version: 1\ncaptures: {layer: layers}\nparameters:\n"

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.journal import sync_folder
 from tepatch.checkpoint.listing import parse_json
+from tepatch.dtypes import ITEM_SIZES
 from tepatch.errors import CheckpointError, Problem, SaveError, visible
 
 FORMAT = "tepatch-certificate-1"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tepatch.checkpoint import torch_dtype
-from tepatch.mapping.bind import IDENTITY, Affine
-from tepatch.mapping.plan import is_exact
+from tepatch.dtypes import torch_dtype
+from tepatch.planning.bind import IDENTITY, Affine
+from tepatch.planning.plan import is_exact
 
 CHUNK = 1 << 22
 """Elements compared at a time: bounds the temporaries."""

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from tepatch.assembly import check_constants
 from tepatch.certification.certificate import (
     FAILURES,
     Certificate,
@@ -37,14 +36,15 @@ from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.manifest import printable
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, SaveError
 from tepatch.hf.config import AutoClass, read_config
-from tepatch.job import AUTO
-from tepatch.mapping.accounting import DROPPED
+from tepatch.hf.prepare import AUTO
 from tepatch.mapping.names import fold
-from tepatch.mapping.plan import Plan, is_convertible
+from tepatch.planning.accounting import DROPPED
+from tepatch.planning.plan import Plan, is_convertible
 from tepatch.plugins import default_host
 from tepatch.progress import ProgressBar
 from tepatch.report import installed_versions
-from tepatch.tensors import on_cpu_by_default, tensor_digest
+from tepatch.transfer.reader import on_cpu_by_default, tensor_digest
+from tepatch.transfer.steps import check_constants
 from tepatch.verify import judge, verify
 
 if TYPE_CHECKING:

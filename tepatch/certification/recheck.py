@@ -243,8 +243,8 @@ class _Checker:
         problems = [Problem(where=where, what="is not the file that was certified: its bytes have changed")]
         if not stored:
             return problems
-        from tepatch.checkpoint import dtype_code
-        from tepatch.tensors import tensor_digest
+        from tepatch.dtypes import dtype_code
+        from tepatch.transfer.reader import tensor_digest
 
         tensors = load_pickled(path, where=where).tensors
         forms = {each: (dtype_code(tensor.dtype) or "", tuple(tensor.shape)) for each, tensor in tensors.items()}
@@ -277,7 +277,7 @@ def _changed(
 
 def _digests(checkpoint: FolderCheckpoint, workers: int) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """Dtype, shape and sha256 of every tensor of a checkpoint."""
-    from tepatch.tensors import Tensors, tensor_digest
+    from tepatch.transfer.reader import Tensors, tensor_digest
 
     with Tensors(checkpoint) as tensors, ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda name: tensor_digest(tensors.read(name)), checkpoint.tensors)

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tepatch.assembly import Read, assemble, put, same_bits
 from tepatch.certification.comparison import affines_of
-from tepatch.checkpoint import Checkpoint, torch_dtype
+from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import PlanError
 from tepatch.hf.config import AutoClass
-from tepatch.job import NATIVE, ORIGINAL, Job, find_patch, given_config, settle
-from tepatch.mapping.base import respell
-from tepatch.mapping.bind import IDENTITY, Affine
-from tepatch.mapping.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
-from tepatch.tensors import Parameters, Tensors
+from tepatch.hf.prepare import NATIVE, ORIGINAL, Job, find_patch, given_config, settle
+from tepatch.planning.bind import IDENTITY, Affine
+from tepatch.planning.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
+from tepatch.transfer.reader import Parameters, Tensors
+from tepatch.transfer.steps import Read, assemble, put, same_bits
 
 if TYPE_CHECKING:
     from tepatch.patch import Patch
@@ -246,7 +246,7 @@ def named_like(side: Side, other: Side) -> Side:
         return side
     return replace(
         side,
-        job=replace(side.job, relation=respell(side.job.relation, names)),
+        job=replace(side.job, relation=side.job.relation.renamed(names)),
         names={names.get(name, name): spec for name, spec in side.names.items()},
         stored={wanted: mine for mine, wanted in names.items()},
     )

@@ -15,7 +15,6 @@ becomes the destination when all of them are written, or never.
 
 from __future__ import annotations
 
-from tepatch.checkpoint.dtypes import dtype_code, torch_dtype
 from tepatch.checkpoint.folder import open_checkpoint
 from tepatch.checkpoint.interface import Checkpoint, ShardReader, TensorInfo
 from tepatch.checkpoint.staging import Staging
@@ -27,12 +26,10 @@ __all__ = [
     "ShardReader",
     "Staging",
     "TensorInfo",
-    "dtype_code",
     "index_json",
     "index_name",
     "open_checkpoint",
     "parse_size",
     "plan_shards",
     "tensor_bytes",
-    "torch_dtype",
 ]

@@ -17,8 +17,8 @@ from typing import Any, TypeGuard
 import xxhash
 
 from tepatch.checkpoint.containment import file_inside
-from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.listing import parse_json
+from tepatch.dtypes import ITEM_SIZES
 from tepatch.errors import CheckpointError, Problem
 
 MANIFEST = "tepatch.json"

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tepatch.checkpoint.dtypes import dtype_code
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.listing import shortened
 from tepatch.checkpoint.recognise import PEEK, ZIP_MAGIC, not_weights
 from tepatch.checkpoint.zipped import Contents, DamagedZipError, read_contents
+from tepatch.dtypes import dtype_code
 from tepatch.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tepatch.checkpoint.dtypes import torch_dtype
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.pickled import Pickled, check_data, load_pickled
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:

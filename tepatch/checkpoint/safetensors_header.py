@@ -16,10 +16,10 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from tepatch.checkpoint.dtypes import ITEM_SIZES, PACKED
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.listing import MAX_NAMED, parse_json
 from tepatch.checkpoint.recognise import PEEK, not_weights, recognised
+from tepatch.dtypes import ITEM_SIZES, PACKED
 from tepatch.errors import CheckpointError, Problem
 
 # The limit that the safetensors package itself sets.

@@ -23,15 +23,15 @@ from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING
 
-from tepatch.checkpoint.dtypes import ITEM_SIZES
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.safetensors_header import MAX_DIMENSIONS, MAX_HEADER_BYTES
+from tepatch.dtypes import ITEM_SIZES
 from tepatch.errors import PlanError, Problem
 
 if TYPE_CHECKING:
     import torch
 
-    from tepatch.mapping.plan import TensorSpec
+    from tepatch.planning.plan import TensorSpec
 
 # The data starts at a multiple of this, the size of the largest element: then every element is aligned.
 _ALIGNMENT = 8

@@ -14,7 +14,7 @@ import typer
 from tepatch.cli.options import Backend, Dtype, chosen_patch
 from tepatch.cli.output import AsJson, print_json, reporting, say
 from tepatch.cli.tables import print_table
-from tepatch.streaming.settings import BOUNDS, MIB, SOURCES, THREADS_CACHED, THREADS_UNCACHED, Reading
+from tepatch.transfer.settings import BOUNDS, MIB, SOURCES, THREADS_CACHED, THREADS_UNCACHED, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +222,7 @@ def advice(
 
 
 def _byte_files(checkpoint: FolderCheckpoint) -> list[Any]:
-    from tepatch.streaming.raw import byte_files
+    from tepatch.transfer.raw import byte_files
 
     return list(byte_files(checkpoint).values())
 
@@ -238,7 +238,7 @@ def _contenders(
     """The limits. Raises ``PlanError`` where transformers could not load the checkpoint."""
     from tepatch.checkpoint import open_checkpoint
     from tepatch.errors import CheckpointError, PlanError, Problem
-    from tepatch.streaming.raw import read_bytes, stream_bytes
+    from tepatch.transfer.raw import read_bytes, stream_bytes
 
     what = ""
     if with_transformers and checkpoint.manifest is not None:
@@ -298,7 +298,7 @@ def _measure(
     import torch
 
     from tepatch.progress import ProgressBar
-    from tepatch.streaming.raw import cached_share, forget
+    from tepatch.transfer.raw import cached_share, forget
 
     kept = 0.0
     with ProgressBar(total * len(contenders) * (rounds + 1), progress, "measuring") as bar:

@@ -11,7 +11,7 @@ from tepatch.cli.options import AutoClassName, Backend, Drop, Dtype, Fresh, Mapp
 from tepatch.cli.output import FAILED, AsJson, print_json, reporting, say
 
 if TYPE_CHECKING:
-    from tepatch.mapping import Plan
+    from tepatch.planning import Plan
 
 MAPPING_SUFFIXES = (".yaml", ".yml")
 
@@ -75,8 +75,8 @@ def plan(
         )
 
     with reporting(as_json):
-        from tepatch.mapping.diff import diff_plans
-        from tepatch.mapping.stored import read_plan
+        from tepatch.planning.difference import diff_plans
+        from tepatch.planning.stored import read_plan
 
         made = planned(mapping)
         difference = None
@@ -107,7 +107,7 @@ def _refuse_what_is_there(file: Path) -> None:
 
 
 def _write_page(file: Path, made: Plan) -> None:
-    from tepatch.mapping.page import plan_page
+    from tepatch.planning.page import plan_page
 
     page = plan_page(made)
     try:

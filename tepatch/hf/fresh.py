@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tepatch.checkpoint import ShardReader, TensorInfo, torch_dtype
+from tepatch.checkpoint import ShardReader, TensorInfo
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import LoadError, Problem
 from tepatch.hf.model import initializer_of, is_poisoned, poisoned, target_specs
-from tepatch.mapping.plan import ITEM_SIZE
+from tepatch.planning.plan import ITEM_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tepatch.checkpoint import dtype_code
+from tepatch.dtypes import dtype_code
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, TepatchError, UnsupportedError
 from tepatch.hf import attention
 from tepatch.hf.config import asks_to_run_code, code_refused, told
@@ -27,7 +27,7 @@ from tepatch.hf.named import named_tensors, without_wrappers
 from tepatch.hf.names import memory_names
 from tepatch.hf.sharding import like_sharded
 from tepatch.hf.texts import read_config_text
-from tepatch.mapping.plan import Plan, Spec, TensorSpec
+from tepatch.planning.plan import Plan, Spec, TensorSpec
 from tepatch.replace import Replacement, replace_layers
 from tepatch.te.layer import AcceleratedLayer
 from tepatch.te.tracing import refuse_to_be_recorded

@@ -24,8 +24,8 @@ from torch import nn
 
 from tepatch.errors import BackendError, LoadError, PlanError, Problem, first_line
 from tepatch.hf.config import told
-from tepatch.hf.languages import patched_names
 from tepatch.hf.named import named_tensors
+from tepatch.hf.translate import patched_names
 from tepatch.mapping.names import fold
 from tepatch.te.devices import brought
 

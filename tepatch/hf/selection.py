@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tepatch.errors import PlanError, Problem
-from tepatch.hf.languages import memory_names_of
 from tepatch.hf.named import without_wrappers
+from tepatch.hf.translate import memory_names_of
 from tepatch.mapping.names import fold
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from tepatch.errors import PlanError, Problem
 from tepatch.hf.named import named_tensors
-from tepatch.streaming.shards import Cut
+from tepatch.transfer.shards import Cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

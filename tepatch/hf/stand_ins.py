@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from tepatch.hf.named import without_wrappers
-from tepatch.mapping.bind import IDENTITY
-from tepatch.mapping.plan import Copy, Plan
-from tepatch.mapping.views import Pair
-from tepatch.te.fused import Absent, Fused, FusedWithNorm, Norm, Place, Projection, Rows, StandIn
+from tepatch.planning.bind import IDENTITY
+from tepatch.planning.plan import Copy, Plan
+from tepatch.te.projections import Absent, Fused, FusedWithNorm, Norm, Place, Projection, Rows, StandIn
+from tepatch.views import Pair
 
 __all__ = ["install_stand_ins"]
 

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tepatch.assembly import put
-from tepatch.checkpoint import torch_dtype
+from tepatch.dtypes import torch_dtype
 from tepatch.errors import TepatchError
-from tepatch.hf.languages import (
+from tepatch.hf.model import EXTRA_STATE
+from tepatch.hf.named import named_tensors, without_wrappers
+from tepatch.hf.names import names_in_memory
+from tepatch.hf.save_pretrained import refuse_to_save_a_part, save_pretrained
+from tepatch.hf.translate import (
     Group,
     Names,
     gives_own_names,
@@ -37,14 +40,11 @@ from tepatch.hf.languages import (
     readable,
     translate,
 )
-from tepatch.hf.model import EXTRA_STATE
-from tepatch.hf.named import named_tensors, without_wrappers
-from tepatch.hf.names import names_in_memory
-from tepatch.hf.saving import refuse_to_save_a_part, save_pretrained
-from tepatch.mapping.plan import Copy
+from tepatch.planning.plan import Copy
 from tepatch.te.layer import AcceleratedLayer
 from tepatch.te.optimizers import watch
-from tepatch.te.references import Method
+from tepatch.te.weak import Method
+from tepatch.transfer.steps import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

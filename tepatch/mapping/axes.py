@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from tepatch.mapping.views import Dim, LayoutError, View, join_dims, split_dim
+from tepatch.views import Dim, LayoutError, View, join_dims, split_dim
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[()])")
 

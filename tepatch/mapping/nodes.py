@@ -10,7 +10,7 @@ from tepatch.mapping.document import Loc
 from tepatch.mapping.names import NameTemplate
 from tepatch.mapping.parsing import Parser
 from tepatch.mapping.rules import Located, Node
-from tepatch.mapping.views import LayoutError
+from tepatch.views import LayoutError
 
 
 class NodeBuilder:

@@ -68,11 +68,11 @@ class Modules:
     apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Rotates x [b, s, h, d] by cos and sin, as ``tepatch.te.rope.apply_rotary``."""
     moe_permute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """Sorts tokens by expert, as ``tepatch.te.reference_grouped.permute``."""
+    """Sorts tokens by expert, as ``tepatch.te.reference.grouped.permute``."""
     moe_unpermute: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Adds up what experts made of each token, as ``tepatch.te.reference_grouped.unpermute``."""
+    """Adds up what experts made of each token, as ``tepatch.te.reference.grouped.unpermute``."""
     grouped_mlp: Callable[[Experts, Tensor, Sequence[int]], Tensor]
-    """Each expert's MLP of its rows, as ``tepatch.te.reference_grouped.grouped_mlp``."""
+    """Each expert's MLP of its rows, as ``tepatch.te.reference.grouped.grouped_mlp``."""
 
 
 _active: ContextVar[Modules | None] = ContextVar("tepatch_te_modules", default=None)
@@ -207,7 +207,7 @@ def _announce_fallback(reason: str) -> None:
 
 @functools.cache
 def _te_modules() -> Modules:
-    from tepatch.te import engine
+    from tepatch.te.nvidia import engine
 
     return engine.load()
 

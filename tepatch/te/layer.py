@@ -27,9 +27,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from tepatch.errors import PlanError, Problem, UnsupportedError
-from tepatch.te.frozen import forget_all, held_bytes, resting_scales
-from tepatch.te.optimizers import watch
-from tepatch.te.precision import (
+from tepatch.te.nvidia.precision import (
     Precision,
     Request,
     describe,
@@ -39,7 +37,9 @@ from tepatch.te.precision import (
     resolve,
     size_problems,
 )
-from tepatch.te.quantized import is_quantized
+from tepatch.te.nvidia.quantized import is_quantized
+from tepatch.te.nvidia.weight_cache import forget_all, held_bytes, resting_scales
+from tepatch.te.optimizers import watch
 from tepatch.te.tracing import refuse_to_be_recorded
 
 _ARGUMENTS = ("use_reentrant", "context_fn", "determinism_check", "debug")

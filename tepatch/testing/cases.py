@@ -21,8 +21,8 @@ from torch import Tensor
 import tepatch
 from tepatch.errors import PluginError, Problem
 from tepatch.hf.config import model_class
-from tepatch.mapping import Plan
 from tepatch.patch import Patch
+from tepatch.planning import Plan
 from tepatch.testing.results import Broken
 
 if TYPE_CHECKING:

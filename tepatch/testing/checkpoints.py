@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tepatch.assembly import same_bits
 from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
-from tepatch.mapping import Plan
-from tepatch.tensors import Tensors
+from tepatch.planning import Plan
+from tepatch.transfer.reader import Tensors
+from tepatch.transfer.steps import same_bits
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from tepatch.errors import MappingError, PlanError
-from tepatch.mapping.base import find_base
 from tepatch.mapping.expressions import parse
 from tepatch.mapping.names import parse_name
-from tepatch.mapping.plan import Plan, SourceEntry
 from tepatch.mapping.read import read_mapping
+from tepatch.mapping.relocate import find_base
 from tepatch.mapping.rules import Constant, Leaf, Located, Mapping, Node, Parts, Rule, TieNode, Transpose, is_below
+from tepatch.planning.plan import Plan, SourceEntry
 from tepatch.testing.cases import Bench, changed, layers_of, rope_tables, window_of
 from tepatch.testing.parity import distance, numbers
 from tepatch.testing.results import Broken, Finding, NotApplicable

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tepatch.execute import restore_tensors
-from tepatch.mapping import Plan
-from tepatch.mapping.bind import Affine
+from tepatch.planning import Plan
+from tepatch.planning.bind import Affine
 from tepatch.te import probe
 from tepatch.testing.cases import Bench
 from tepatch.testing.checkpoints import read_all
 from tepatch.testing.results import Broken, Check, Finding, NotApplicable
+from tepatch.transfer.fill import restore_tensors
 
 LARGEST_ERROR = 1e-4
 """Of float32, over the largest number that is compared."""

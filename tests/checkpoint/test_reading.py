@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tepatch.checkpoint import Checkpoint, dtype_code, open_checkpoint, torch_dtype
-from tepatch.checkpoint.dtypes import ITEM_SIZES
+from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.reading import BLOCK, ByteReader, FileStamp
+from tepatch.dtypes import ITEM_SIZES, dtype_code, torch_dtype
 from tepatch.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]

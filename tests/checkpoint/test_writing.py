@@ -15,21 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tepatch.checkpoint import (
-    Shard,
-    dtype_code,
-    index_json,
-    index_name,
-    open_checkpoint,
-    parse_size,
-    plan_shards,
-    tensor_bytes,
-    torch_dtype,
-)
-from tepatch.checkpoint.dtypes import ITEM_SIZES
+from tepatch.checkpoint import Shard, index_json, index_name, open_checkpoint, parse_size, plan_shards, tensor_bytes
 from tepatch.checkpoint.safetensors_header import parse_safetensors_header
+from tepatch.dtypes import ITEM_SIZES, dtype_code, torch_dtype
 from tepatch.errors import PlanError
-from tepatch.mapping.plan import Spec
+from tepatch.planning.plan import Spec
 
 DTYPES = [code for code in ITEM_SIZES if torch_dtype(code) is not None]
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import tepatch
 from tepatch.cli.benching import PAST, PEER, READ, STREAM, advice
-from tepatch.streaming.raw import cached_share, forget
+from tepatch.transfer.raw import cached_share, forget
 
 if TYPE_CHECKING:
     from conftest import Run

@@ -196,7 +196,7 @@ def test_another_plan_that_is_not_there_is_wrong_usage(run: Run, tiny: Path, tmp
 
 
 def test_the_page_is_written_and_named(run: Run, tiny: Path, tmp_path: Path) -> None:
-    from tepatch.mapping.page import plan_page
+    from tepatch.planning.page import plan_page
 
     result = run("plan", "llama", tiny, "--html", tmp_path / "page.html")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'page.html'}\n")

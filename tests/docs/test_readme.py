@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tepatch.assembly import assemble
 from tepatch.checkpoint import open_checkpoint
-from tepatch.mapping import Spec, make_plan, parse_mapping
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Spec, make_plan
+from tepatch.transfer.steps import assemble
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

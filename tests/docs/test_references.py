@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import tepatch
-from tepatch import errors, hookspecs
-from tepatch.mapping import document, expressions, parse_mapping, rules, schema, values, views
+from tepatch import errors, hookspecs, views
+from tepatch.mapping import document, expressions, parse_mapping, rules, schema, values
 from tepatch.plugins import DISABLE_VARIABLE, ENTRY_POINT_GROUP, Status
 from tepatch.te import Modules
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tepatch.assembly import same_bits
-from tepatch.checkpoint import TensorInfo, dtype_code, open_checkpoint
+from tepatch.checkpoint import TensorInfo, open_checkpoint
+from tepatch.dtypes import dtype_code
 from tepatch.errors import MappingError, PlanError, Problem
-from tepatch.execute import Destination, load_tensors, restore_tensors
-from tepatch.mapping import Plan, Spec, make_plan, parse_mapping
-from tepatch.streaming.settings import Reading
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Plan, Spec, make_plan
+from tepatch.transfer.fill import Destination, load_tensors, restore_tensors
+from tepatch.transfer.settings import Reading
+from tepatch.transfer.steps import same_bits
 
 Tensors = dict[str, torch.Tensor]
 SMALL = 64

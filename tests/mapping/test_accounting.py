@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tepatch.errors import Problem
-from tepatch.mapping import Plan, Spec, make_plan, parse_mapping
-from tepatch.mapping.accounting import requirement_problems
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Plan, Spec, make_plan
+from tepatch.planning.accounting import requirement_problems
 
 Problems = Callable[..., list[Problem]]
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tepatch.assembly import assemble, check_constants
 from tepatch.errors import PlanError, SaveError
-from tepatch.mapping import Plan, Spec, make_export_plan, parse_mapping
-from tepatch.mapping.native import make_native_plan
+from tepatch.mapping import parse_mapping
+from tepatch.planning import Plan, Spec, make_export_plan
+from tepatch.planning.identity import make_native_plan
+from tepatch.transfer.steps import assemble, check_constants
 
 PlanOf = Callable[..., Plan]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tepatch.errors import PlanError
-from tepatch.mapping import Spec
+from tepatch.planning import Spec
 
 
 def message(case: Any) -> str:

@@ -25,11 +25,11 @@ from urllib.parse import quote
 
 import pytest
 
-from tepatch.mapping import Copy, Plan
-from tepatch.mapping.bind import IDENTITY
-from tepatch.mapping.page import plan_page
-from tepatch.mapping.plan import RuleEntry, SourceEntry, TargetEntry
-from tepatch.mapping.views import Pair
+from tepatch.planning import Copy, Plan
+from tepatch.planning.bind import IDENTITY
+from tepatch.planning.page import plan_page
+from tepatch.planning.plan import RuleEntry, SourceEntry, TargetEntry
+from tepatch.views import Pair
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # The protocol wants its pipe as the descriptors 3 and 4, which subprocess can not promise.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tepatch.mapping import Plan, Spec
-from tepatch.mapping.plan import is_exact
+from tepatch.planning import Plan, Spec
+from tepatch.planning.plan import is_exact
 
 PlanOf = Callable[..., Plan]
 
@@ -189,7 +189,8 @@ def test_layouts_that_layers_share_are_listed_once(llama: Callable[..., Any]) ->
 PROGRAM = """
 import json, sys
 from tepatch.errors import PlanError
-from tepatch.mapping import Spec, make_plan, parse_mapping
+from tepatch.planning import Spec, make_plan
+from tepatch.mapping import parse_mapping
 text, sources, targets = json.load(sys.stdin)
 specs = [{name: Spec(tuple(shape), "BF16") for name, shape in each.items()} for each in (sources, targets)]
 mapping = parse_mapping(text, name="m.yaml")

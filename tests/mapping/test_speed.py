@@ -30,7 +30,8 @@ def test_a_model_of_126_layers_is_planned_in_a_moment(llama: Callable[..., Any])
 
 EXPERTS = '''
 import json, sys, time
-from tepatch.mapping import Spec, make_plan, parse_mapping
+from tepatch.planning import Spec, make_plan
+from tepatch.mapping import parse_mapping
 
 text = """version: 1
 captures: {layer: num_hidden_layers, expert: num_experts}

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tepatch.errors import PlanError, Problem
-from tepatch.mapping import Plan
-from tepatch.mapping import stored as stored_plans
-from tepatch.mapping.stored import plan_from_json, read_plan
+from tepatch.planning import Plan
+from tepatch.planning import stored as stored_plans
+from tepatch.planning.stored import plan_from_json, read_plan
 
 PlanOf = Callable[..., Plan]
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tepatch.mapping import views
+from tepatch import views
 from tepatch.mapping.axes import parse_axes
-from tepatch.mapping.views import (
+from tepatch.views import (
     LayoutError,
     Pair,
     View,

@@ -15,7 +15,7 @@ import torch
 from tepatch.errors import BackendError
 from tepatch.te import TeStatus, backend, judge, modules, probe, resolve, use_backend
 from tepatch.te.backend import Modules
-from tepatch.te.engine import placement
+from tepatch.te.nvidia.engine import placement
 
 without_te = pytest.mark.skipif(probe().usable, reason="Transformer Engine can be used on this machine")
 

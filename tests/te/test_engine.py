@@ -11,7 +11,8 @@ import torch
 from rounding import assert_close, scores
 from torch import Tensor, nn
 
-from tepatch.te import engine, reference
+from tepatch.te import reference
+from tepatch.te.nvidia import engine
 
 
 class Theirs(nn.Module):

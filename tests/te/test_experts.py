@@ -18,9 +18,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral as hf
 
 from tepatch.errors import UnsupportedError
-from tepatch.te import engine, resolve, use_backend
+from tepatch.te import resolve, use_backend
 from tepatch.te.experts import Experts, MixtureOfExperts, mixture_of_experts
-from tepatch.te.reference_grouped import permute, unpermute
+from tepatch.te.nvidia import engine
+from tepatch.te.reference.grouped import permute, unpermute
 
 EXPERTS, HIDDEN, FFN = 5, 16, 24
 TERMS = HIDDEN + FFN + EXPERTS + ELEMENTWISE

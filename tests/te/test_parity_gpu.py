@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tepatch.te import Modules, probe, resolve
-from tepatch.te.masks import Window
 from tepatch.te.reference import ACTIVATIONS
+from tepatch.te.reference.masks import Window
 
 pytestmark = [
     pytest.mark.gpu,

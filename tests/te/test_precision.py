@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tepatch.errors import BackendError, PlanError
-from tepatch.te.precision import (
+from tepatch.te.nvidia.precision import (
     RECIPES,
     Precision,
     describe,

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from tepatch.errors import UnsupportedError
-from tepatch.te.masks import MASK_TYPES, Window, full_mask
 from tepatch.te.reference import DotProductAttention
+from tepatch.te.reference.masks import MASK_TYPES, Window, full_mask
 
 BATCH, HEADS, GROUPS, CHANNELS = 2, 4, 2, 8
 

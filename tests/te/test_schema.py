@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tepatch.te import reference
-from tepatch.te.engine import NORM_NAMES
+from tepatch.te.nvidia.engine import NORM_NAMES
 
 RECORDED = Path(__file__).parent / "te_schema.json"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "record_te_schema.py"

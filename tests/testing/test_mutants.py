@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from tepatch.mapping import Spec, make_plan, parse_mapping, read_mapping
+from tepatch.mapping import parse_mapping, read_mapping
+from tepatch.planning import Spec, make_plan
 from tepatch.plugins import default_host
 from tepatch.testing.cases import Bench, Case, changed, rope_tables, window_of
 from tepatch.testing.checkpoints import apart

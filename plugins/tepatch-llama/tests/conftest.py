@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import tepatch
-from tepatch.execute import restore_tensors
+from tepatch.transfer.fill import restore_tensors
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {

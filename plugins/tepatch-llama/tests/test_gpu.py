@@ -17,7 +17,7 @@ import torch
 
 import tepatch
 from tepatch.errors import LoadError
-from tepatch.execute import restore_tensors
+from tepatch.transfer.fill import restore_tensors
 from tepatch.verify import compare_logits
 
 pytestmark = pytest.mark.gpu

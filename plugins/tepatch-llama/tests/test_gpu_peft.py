@@ -16,7 +16,7 @@ import tepatch
 from tepatch.errors import UnsupportedError
 from tepatch.te import use_backend
 from tepatch.te.reference import ACTIVATIONS
-from tepatch.te.reference_mlp import activate
+from tepatch.te.reference.mlp import activate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -216,7 +216,7 @@ def test_sizes_that_fp8_can_not_take_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_an_activation_by_itself_is_the_reference(activation: str, dtype: torch.dtype) -> None:
-    from tepatch.te.engine import activated
+    from tepatch.te.nvidia.engine import activated
 
     torch.manual_seed(0)
     first = torch.randn(3, 5, 64, device=CUDA).to(dtype)

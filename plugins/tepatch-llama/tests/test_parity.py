@@ -13,8 +13,8 @@ from transformers import LlamaModel
 
 import tepatch
 from tepatch.errors import PlanError, UnsupportedError
-from tepatch.execute import restore_tensors
 from tepatch.testing.cases import cache_name
+from tepatch.transfer.fill import restore_tensors
 
 CACHE = str(cache_name(LlamaModel.forward))
 """What models call their cache in this version of transformers."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tepatch
-from tepatch.execute import restore_tensors
+from tepatch.transfer.fill import restore_tensors
 from tepatch.verify import compare_logits
 
 

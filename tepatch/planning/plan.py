@@ -1,0 +1,349 @@
+"""The plan: what becomes of every tensor, settled and proven before a byte of a weight is read.
+
+``make_plan`` meets a mapping, a config, the names and shapes of a checkpoint (its headers) and the names and
+shapes of a model (built on the meta device), and returns plain data, or one ``PlanError`` with every problem.
+
+The accounting is total. Every source tensor ends as *used*, *ignored* or *redundant* (a copy of a tied tensor,
+compared when loading); every target as *filled*, *created* or *tied*; every rule as *used* or *off* (its
+condition does not hold). Anything else is an error.
+
+A plan is a relation, and has two directions. As it is made it *loads*: it reads sources and writes targets.
+``Plan.reverse`` is the same plan, *saving*: it reads targets and writes sources. ``reads``, ``writes``, ``steps``
+and ``constants`` say what that means for whoever executes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, NamedTuple, Protocol
+
+from tepatch.errors import visible
+from tepatch.planning.bind import IDENTITY, Affine
+from tepatch.views import Pair, contiguous, pair
+
+_WIDE = {8: ("C64", "F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("BF16", "F16", "I16", "U16")}
+ITEM_SIZE = {code: size for size, codes in _WIDE.items() for code in codes}
+"""Bytes of one element, by code; those of all others are one byte."""
+# Bits of significand and of exponent: a conversion that loses neither comes back bit for bit.
+_PRECISION = {"F64": (53, 11), "F32": (24, 8), "BF16": (8, 8), "F16": (11, 5)}
+
+
+class TensorSpec(Protocol):
+    """A name's shape and dtype (safetensors code, ``BF16``): all that a plan needs to know of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A plain ``TensorSpec``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Step(NamedTuple):
+    """A part of a tensor that is written, and where it is read: a ``Copy`` in one of its two directions."""
+
+    read: str
+    sizes: tuple[int, ...]
+    read_strides: tuple[int, ...]
+    read_offset: int
+    write_strides: tuple[int, ...]
+    write_offset: int
+    affine: Affine
+    is_undone: bool
+    """Whether ``affine`` is undone (written = (read - offset) / scale) and not applied."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run of bytes: the same values, one after the other, on both sides."""
+        return self.affine == IDENTITY and self.read_strides == self.write_strides == (1,)  # pairs are merged
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One pair of views: ``source`` and ``target`` hold the same elements there, up to ``affine``."""
+
+    source: str
+    target: str
+    pair: Pair
+    affine: Affine
+    rule: int
+
+    def step(self, *, is_reversed: bool = False) -> Step:
+        """What it means to load, or (reversed) to save."""
+        sizes, source, target, source_offset, target_offset = self.pair
+        if is_reversed:
+            return Step(self.target, sizes, target, target_offset, source, source_offset, self.affine, True)
+        return Step(self.source, sizes, source, source_offset, target, target_offset, self.affine, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A part of ``target`` (the target side of ``pair``) that holds a constant and has no source."""
+
+    target: str
+    pair: Pair
+    value: float
+    rule: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceEntry:
+    """What becomes of one tensor of the checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    state: Literal["used", "ignored", "redundant"]
+    note: str = ""
+    """Why it is ignored, the parameter it must be equal to, or the tied tensor that it is read in the place of."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetEntry:
+    """Where one parameter of the model comes from."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    state: Literal["filled", "created", "tied"]
+    rule: int
+    tied_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEntry:
+    """What became of one rule of the mapping."""
+
+    where: str
+    target: str
+    state: Literal["used", "off"]
+    count: int
+    """Parameters it fills or ties."""
+    sources: tuple[str, ...] = ()
+    """Names of the tensors that these are made of, with ``{captures}``, in the order of the rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a load will do, as plain data. Printable (``str``), JSON (``to_json``), deterministic."""
+
+    patch: str
+    mapping: str
+    digest: str
+    location: str
+    copies: tuple[Copy, ...]
+    fills: tuple[Fill, ...]
+    sources: MappingABC[str, SourceEntry]
+    targets: MappingABC[str, TargetEntry]
+    rules: tuple[RuleEntry, ...]
+    notes: tuple[str, ...] = ()
+    is_reversed: bool = False
+    """Whether the plan reads targets and writes sources: saving, not loading."""
+
+    def reverse(self) -> Plan:
+        """The same plan in the other direction. Reversed twice it is equal to what it was."""
+        return replace(self, is_reversed=not self.is_reversed)
+
+    def renamed(self, names: MappingABC[str, str]) -> Plan:
+        """The plan with other names for its sources, where ``names`` has one; itself where two would have the same.
+
+        Two would when a tied tensor that was stored under its other name is tied no longer.
+        """
+        used = {name: names.get(name, name) for name, entry in self.sources.items() if entry.state != "ignored"}
+        if all(name == new for name, new in used.items()) or len(set(used.values())) < len(used):
+            return self
+        # What is ignored is nobody's but the checkpoint's, and keeps its name as far as that is free.
+        ignored = {name: entry for name, entry in self.sources.items() if name not in used}
+        return replace(
+            self,
+            copies=tuple(replace(copy, source=used[copy.source]) for copy in self.copies),
+            sources={**ignored, **{new: self.sources[name] for name, new in used.items()}},
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # nothing in it ever changes, and models that carry a plan are copied
+
+    @cached_property
+    def reads(self) -> dict[str, Spec]:
+        """What is read: the sources that are not ignored, or (reversed) the parameters that are not tied."""
+        return self._stored if self.is_reversed else self._original
+
+    @cached_property
+    def writes(self) -> dict[str, Spec]:
+        """What is written: the parameters that are not tied, or (reversed) the sources that are not ignored."""
+        return self._original if self.is_reversed else self._stored
+
+    @cached_property
+    def steps(self) -> dict[str, tuple[Step, ...]]:
+        """What each written tensor is made of, in the order of its elements; constants are not listed."""
+        out: dict[str, list[Step]] = {name: [] for name in self.writes}
+        for copy in self.copies:
+            out[copy.source if self.is_reversed else copy.target].append(copy.step(is_reversed=self.is_reversed))
+        for name, entry in self.sources.items() if self.is_reversed else ():
+            if entry.state == "redundant":  # a second copy of a tied parameter
+                sizes, strides, _, _, _ = pair(contiguous(entry.shape), entry.shape)
+                out[name].append(Step(entry.note, sizes, strides, 0, strides, 0, IDENTITY, True))
+        return {name: tuple(sorted(steps, key=lambda step: step.write_offset)) for name, steps in out.items()}
+
+    @cached_property
+    def constants(self) -> dict[str, tuple[Fill, ...]]:
+        """Parts of parameters that are constants. Loading writes them; saving must find them as they are."""
+        out: dict[str, list[Fill]] = {}
+        for fill in self.fills:
+            out.setdefault(fill.target, []).append(fill)
+        return {name: tuple(fills) for name, fills in out.items()}
+
+    @cached_property
+    def _original(self) -> dict[str, Spec]:
+        return {name: Spec(e.shape, e.dtype) for name, e in self.sources.items() if e.state != "ignored"}
+
+    @cached_property
+    def _stored(self) -> dict[str, Spec]:
+        return {name: Spec(e.shape, e.dtype) for name, e in self.targets.items() if e.state != "tied"}
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """sha256 over where every element goes: equal for mappings that differ in wording only."""
+        entries = [
+            *((c.source, c.target, *c.pair, *c.affine) for c in self.copies),
+            *((f.target, f.pair.sizes, f.pair.target_strides, f.pair.target_offset, f.value) for f in self.fills),
+            *((name, e.tied_to) for name, e in self.targets.items() if e.state == "tied"),
+        ]
+        lines = sorted(repr(entry) for entry in entries)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all that is written."""
+        return sum(_nbytes(spec.shape, spec.dtype) for spec in self.writes.values())
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source tensors that will be read."""
+        return sum(_nbytes(e.shape, e.dtype) for e in self.sources.values() if e.state == "used")
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of the parameters that will be allocated (tied ones once)."""
+        return sum(_nbytes(e.shape, e.dtype) for e in self.targets.values() if e.state != "tied")
+
+    def inexact(self) -> dict[str, str]:
+        """What is read and would not come back bit for bit from what is written, each with the reason."""
+        out: dict[str, str] = {}
+        for name, steps in self.steps.items():
+            written = self.writes[name].dtype
+            for step in steps:
+                read = self.reads[step.read].dtype
+                if step.affine != IDENTITY:
+                    out[step.read] = f"scaled or offset ({step.affine.scale} x + {step.affine.offset})"
+                elif not is_exact(read, written):
+                    out[step.read] = f"{read} is rounded to {written}"
+        for name, source in self.sources.items() if not self.is_reversed else ():
+            if source.state == "redundant" and not is_exact(source.dtype, self.targets[source.note].dtype):
+                out[name] = f"{source.dtype} is rounded to {self.targets[source.note].dtype}"
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready data. Layouts that layers share are listed once."""
+        layouts: dict[Pair, int] = {}
+        copies = [
+            {
+                "source": copy.source,
+                "target": copy.target,
+                "layout": layouts.setdefault(copy.pair, len(layouts)),
+                **({} if copy.affine == IDENTITY else {"affine": list(copy.affine)}),
+                "rule": copy.rule,
+            }
+            for copy in self.copies
+        ]
+        fills = [
+            {
+                "target": fill.target,
+                "layout": layouts.setdefault(fill.pair, len(layouts)),
+                "value": fill.value,
+                "rule": fill.rule,
+            }
+            for fill in self.fills
+        ]
+        return {
+            "format": "tepatch-plan-1",
+            "direction": "save" if self.is_reversed else "load",
+            "patch": self.patch,
+            "mapping": self.mapping,
+            "digest": self.digest,
+            "location": self.location,
+            "source_bytes": self.source_bytes,
+            "target_bytes": self.target_bytes,
+            "notes": list(self.notes),
+            "rules": [
+                {"where": r.where, "target": r.target, "state": r.state, "count": r.count, "sources": list(r.sources)}
+                for r in self.rules
+            ],
+            "layouts": [_layout_json(layout) for layout in layouts],
+            "copies": copies,
+            "fills": fills,
+            "sources": {
+                name: {
+                    "shape": list(e.shape),
+                    "dtype": e.dtype,
+                    "state": e.state,
+                    **({"note": e.note} if e.note else {}),
+                }
+                for name, e in self.sources.items()
+            },
+            "targets": {
+                name: {
+                    "shape": list(e.shape),
+                    "dtype": e.dtype,
+                    "state": e.state,
+                    "rule": e.rule,
+                    **({"tied_to": e.tied_to} if e.tied_to else {}),
+                }
+                for name, e in self.targets.items()
+            },
+            "inexact": self.inexact(),
+        }
+
+    def __str__(self) -> str:
+        from tepatch.planning.text import show_plan
+
+        return visible(show_plan(self))
+
+
+def is_convertible(source_dtype: str, target_dtype: str) -> bool:
+    """Whether a cast keeps the meaning: between floats it does, from packed or whole numbers to floats not."""
+    return source_dtype == target_dtype or {source_dtype, target_dtype} <= _PRECISION.keys()
+
+
+def is_exact(source_dtype: str, target_dtype: str) -> bool:
+    """Whether every value of ``source_dtype`` comes back bit for bit through ``target_dtype``."""
+    if source_dtype == target_dtype:
+        return True
+    if source_dtype not in _PRECISION or target_dtype not in _PRECISION:
+        return False
+    source, target = _PRECISION[source_dtype], _PRECISION[target_dtype]
+    return source[0] <= target[0] and source[1] <= target[1]
+
+
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return prod(shape) * ITEM_SIZE.get(dtype, 1)
+
+
+def _layout_json(layout: Pair) -> dict[str, Any]:
+    return {
+        "sizes": list(layout.sizes),
+        "source": {"offset": layout.source_offset, "strides": list(layout.source_strides)},
+        "target": {"offset": layout.target_offset, "strides": list(layout.target_strides)},
+    }

@@ -1,0 +1,1 @@
+"""What wraps Transformer Engine, and computes on NVIDIA GPUs."""
