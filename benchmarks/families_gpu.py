@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import tepatch
-from tepatch.report import installed_versions
+from tepatch.proven import installed_versions
 from tepatch.te import probe
 
 ALLOWED = 1.05

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import tepatch
-from tepatch.report import installed_versions
+from tepatch.proven import installed_versions
 
 SHAPE = {
     "vocab_size": 256,

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tepatch import __version__
-from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.containment import file_inside
 from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.listing import parse_json
@@ -29,7 +28,8 @@ from tepatch.dtypes import dtype_code, torch_dtype
 from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.hf.config import AutoClass
 from tepatch.hf.digests import Promised, held, promised
-from tepatch.hf.prepare import AUTO, NATIVE, ORIGINAL, Job, find_patch, given_config, parameter_dtype, settle
+from tepatch.hf.fit import NATIVE, ORIGINAL
+from tepatch.hf.prepare import AUTO, Prepared, Source, opened, parameter_dtype, prepare
 from tepatch.patch import Patch
 from tepatch.planning import Plan
 from tepatch.planning.plan import is_convertible
@@ -96,7 +96,7 @@ class Converted:
 @on_cpu_by_default
 def convert(
     patch: str | Patch,
-    source: str | PathLike[str],
+    source: Source,
     destination: str | PathLike[str],
     *,
     to: Layout | None = None,
@@ -131,31 +131,29 @@ def convert(
     started = time.perf_counter()
     if not isinstance(workers, int) or workers < 1:
         raise PlanError(Problem(where="workers", what="at least one worker is needed", found=repr(workers)))
-    checkpoint = open_checkpoint(
+    checkpoint = opened(
         source, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
-    given, config = config, given_config(config, checkpoint)
-    resolved = find_patch(patch, config, plugins)
     # Parameters of a checkpoint of parameters are what they are; to convert back, ``dtype`` is that of the original's.
-    target_dtype = checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype
-    with settle(
-        resolved,
-        config,
+    job = prepare(
+        patch,
         checkpoint,
-        dtype=target_dtype,
+        config=config,
+        dtype=checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype,
         backend="reference",
         mapping=mapping,
         auto_class=auto_class,
         drop=drop,
-    ) as job:
-        layout = _wanted(to, job)
-        plan = _plan(job, layout, dtype)
-        assert isinstance(job.checkpoint, FolderCheckpoint)  # nothing of it is fresh
-        checkpoint = job.checkpoint
-        promise = promised(job)
+        plugins=plugins,
+    )
+    layout = _wanted(to, job)
+    plan = _plan(job, layout, dtype)
+    assert isinstance(job.checkpoint, FolderCheckpoint)  # nothing of it is fresh
+    checkpoint = job.checkpoint
+    promise = promised(job)
     written_dtype = job.dtype if layout == NATIVE else _only_dtype(plan)
     other_class = "" if auto_class is None else type(job.model).__name__
-    files, left = _companions(checkpoint, written_dtype, given, other_class)
+    files, left = _companions(checkpoint, written_dtype, config, other_class)
     host = plugins if plugins is not None else default_host()
     if layout == NATIVE:
         sizes = {file: stamp.size for file, stamp in checkpoint.stamps.items()}
@@ -201,7 +199,7 @@ def convert(
         outline.write_files(new)
         new.commit()
     return Converted(
-        source=str(source),
+        source=source.location if isinstance(source, FolderCheckpoint) else str(source),
         destination=Path(destination),
         layout=layout,
         found=job.layout,
@@ -223,7 +221,7 @@ def _expected(promise: Promised | None, plan: Plan) -> dict[str, str]:
 NO_DIGEST = "0" * 32
 
 
-def manifest_of(job: Job, package: str, source_files: Mapping[str, int]) -> Manifest:
+def manifest_of(job: Prepared, package: str, source_files: Mapping[str, int]) -> Manifest:
     """The manifest for a conversion of ``job``'s checkpoint to the layout of the layers, with digests still to come.
 
     ``package`` is the plugin's; ``source_files`` are the checkpoint's files and their bytes.
@@ -233,8 +231,8 @@ def manifest_of(job: Job, package: str, source_files: Mapping[str, int]) -> Mani
     return Manifest(
         patch=job.patch.name,
         plugin=printable(package),
-        mapping=printable(job.rules.name),
-        mapping_digest=job.rules.digest,
+        mapping=printable(job.plan.rules.name),
+        mapping_digest=job.plan.rules.digest,
         layout_digest=relation.layout_digest,
         model_class=type(job.model).__name__,
         dtype=str(job.dtype).removeprefix("torch."),
@@ -247,7 +245,7 @@ def manifest_of(job: Job, package: str, source_files: Mapping[str, int]) -> Mani
     )
 
 
-def _wanted(to: str | None, job: Job) -> str:
+def _wanted(to: str | None, job: Prepared) -> str:
     """The layout to write: what was asked for, if it is another than the source's."""
     layout = to or (NATIVE if job.layout == ORIGINAL else ORIGINAL)
     if layout not in (NATIVE, ORIGINAL):
@@ -263,7 +261,7 @@ def _wanted(to: str | None, job: Job) -> str:
     return layout
 
 
-def _plan(job: Job, layout: str, dtype: torch.dtype | str) -> Plan:
+def _plan(job: Prepared, layout: str, dtype: torch.dtype | str) -> Plan:
     if layout == NATIVE:
         return job.reading
     # Read in the dtypes that its files have, whatever the manifest says.
@@ -322,7 +320,7 @@ def _companions(
     return files, notes
 
 
-def _digest(job: Job, outline: Outline, checkpoint: FolderCheckpoint) -> str:
+def _digest(job: Prepared, outline: Outline, checkpoint: FolderCheckpoint) -> str:
     """What decides every byte that is written: a run with the same may go on where another was killed."""
     text = hashlib.sha256(__version__.encode())
     for file, stamp in checkpoint.stamps.items():

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tepatch.checkpoint import open_checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.dtypes import torch_dtype
 from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.hf.config import AutoClass, unknown_architectures
+from tepatch.hf.current_gpu import follow_weights
 from tepatch.hf.digests import promised
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, check_outputs, finish_loading, install, set_generation_config
+from tepatch.hf.model_plan import ATTRIBUTE
 from tepatch.hf.names import keep_renamings
-from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, launch_where_weights_are, place
-from tepatch.hf.prepare import AUTO, Job, find_patch, given_config, settle
+from tepatch.hf.placement import DeviceMap, MaxMemory, Placement, check_device, placement_for
+from tepatch.hf.prepare import AUTO, Prepared, Source, opened, prepare
 from tepatch.hf.sharding import Parallelize, check_mesh, shard
 from tepatch.hf.stand_ins import install_stand_ins
 from tepatch.hf.state import attach
@@ -33,11 +34,12 @@ from tepatch.patch import Patch
 from tepatch.planning import Plan
 from tepatch.plugins import PluginHost
 from tepatch.proof import ensure_proven
-from tepatch.report import Deferred, Report, installed_versions
+from tepatch.proven import installed_versions
+from tepatch.report import Report
 from tepatch.te import BackendName, probe
 from tepatch.te.layer import apply_precision
 from tepatch.te.nvidia.precision import read_precision
-from tepatch.te.nvidia.quantized import QUANTIZED, WEIGHTS, QuantizedWeights
+from tepatch.te.nvidia.quantized import QUANTIZED, QuantizedWeights, quantized_weights
 from tepatch.transfer.fill import Destination, load_tensors
 from tepatch.transfer.reader import Tensors, on_cpu_by_default
 from tepatch.transfer.settings import Reading
@@ -55,7 +57,7 @@ CHECKED_AT_ONCE = 2
 @on_cpu_by_default
 def load(
     patch: str | Patch,
-    location: str | PathLike[str],
+    location: Source,
     *,
     dtype: torch.dtype | str = AUTO,
     device: torch.device | str | None = None,
@@ -85,7 +87,8 @@ def load(
     """Load a Hugging Face checkpoint into its own model class, with the patch's layers in it.
 
     ``patch`` is a patch's name, ``"auto"`` (by ``config.model_type``), or a ``Patch``. ``location`` is a folder,
-    a checkpoint file, or a hub id in the local cache (nothing is downloaded). ``dtype`` is the dtype of the
+    a checkpoint file, a hub id in the local cache (nothing is downloaded), or what ``open_checkpoint`` of
+    ``tepatch.checkpoint`` gave for one. ``dtype`` is the dtype of the
     parameters; ``"auto"`` takes the config's, as transformers does. ``device`` defaults to the GPU with
     Transformer Engine and to the CPU without. ``device_map``, ``max_memory`` and ``offload_folder`` (for what is on
     "disk"; new or empty) mean what they mean to ``from_pretrained``; with Transformer Engine, modules on "cpu" and
@@ -127,56 +130,67 @@ def load(
         )
     if reading is not None:
         reading.refuse_unused()
-    checkpoint = open_checkpoint(
+    checkpoint = opened(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
-    config = given_config(config, checkpoint)
-    resolved = find_patch(patch, config, plugins)
-    with settle(
-        resolved,
-        config,
+    job = prepare(
+        patch,
         checkpoint,
+        config=config,
         dtype=dtype,
         backend=backend,
         mapping=mapping,
         auto_class=auto_class,
         fresh=fresh,
         drop=drop,
-    ) as job:
-        told = _checked(job, checkpoint) if check_digests else ()
-        set_generation_config(job.model, checkpoint.config_folder)
-        check_outputs(job.model)
-        proof = (*told, *_proof(job, config, prove))
-        text = "" if precision is None else apply_precision(job.model, request)
-        quantized = _quantized_weights(job, weights, keep_initial=keep_initial)
-        placement = _placement(job, device, device_map, max_memory, offload_folder)
-        if quantized is not None and placement is not None and (away := placement.off_gpu(quantized.names)):
-            raise PlanError(
-                Problem(
-                    where="weights",
-                    what=f"{len(away)} weights to be held quantized are not placed on a GPU",
-                    details=tuple(away[:8]),
-                    fix="place the layers on GPUs, or leave out weights='quantized'",
-                )
+        plugins=plugins,
+    )
+    told = _checked(job) if check_digests else ()
+    set_generation_config(job.model, job.checkpoint.config_folder)
+    check_outputs(job.model)
+    proof = (*told, *_proof(job, prove))
+    text = "" if precision is None else apply_precision(job.model, request)
+    quantized = quantized_weights(job.model, weights, keep_initial=keep_initial)
+    dtypes = {name: torch_dtype(entry.dtype) for name, entry in job.reading.targets.items()}
+    placement = placement_for(
+        job.model,
+        {name: dtype for name, dtype in dtypes.items() if dtype is not None},
+        device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        needs_gpu=job.modules.name == "te",
+    )
+    if quantized is not None and placement is not None and (away := placement.off_gpu(quantized.names)):
+        raise PlanError(
+            Problem(
+                where="weights",
+                what=f"{len(away)} weights to be held quantized are not placed on a GPU",
+                details=tuple(away[:8]),
+                fix="place the layers on GPUs, or leave out weights='quantized'",
             )
-        shards = {} if parallelize is None else _sharded(job, parallelize, device_map, weights)
-        try:
-            model = _execute(
-                job,
-                device,
-                placement,
-                precision=text,
-                quantized=quantized,
-                shards=shards,
-                reading=reading,
-                progress=progress,
-                notes=proof,
-            )
-        except BaseException:
-            if placement is not None:
-                placement.discard()
-            raise
-    finish_loading(model, str(location))
+        )
+    shards: Mapping[str, Sequence[Cut]] = {}
+    if parallelize is not None:
+        _check_alone({"device_map": device_map is not None, "weights='quantized'": weights == QUANTIZED})
+        shards = shard(job.model, parallelize)
+    try:
+        model = _execute(
+            job,
+            device,
+            placement,
+            precision=text,
+            quantized=quantized,
+            shards=shards,
+            reading=reading,
+            progress=progress,
+            notes=proof,
+        )
+    except BaseException:
+        if placement is not None:
+            placement.discard()
+        raise
+    finish_loading(model, checkpoint.location if location is checkpoint else str(location))
     return model
 
 
@@ -201,19 +215,27 @@ def build(
     those of ``load``. The model is in training mode, as Hugging Face's fresh models are.
     """
     request = read_precision(precision)
-    resolved = find_patch(patch, given_config(config, None), plugins)
-    with settle(resolved, config, None, dtype=dtype, backend=backend, mapping=mapping, auto_class=auto_class) as job:
-        check_outputs(job.model)
-        text = "" if precision is None else apply_precision(job.model, request)
-        proof = _proof(job, config, prove)
-        return _execute(
-            job, device, None, precision=text, quantized=None, shards={}, reading=None, progress=False, notes=proof
-        )
+    job = prepare(
+        patch,
+        None,
+        config=config,
+        dtype=dtype,
+        backend=backend,
+        mapping=mapping,
+        auto_class=auto_class,
+        plugins=plugins,
+    )
+    check_outputs(job.model)
+    text = "" if precision is None else apply_precision(job.model, request)
+    proof = _proof(job, prove)
+    return _execute(
+        job, device, None, precision=text, quantized=None, shards={}, reading=None, progress=False, notes=proof
+    )
 
 
 def plan(
     patch: str | Patch,
-    location: str | PathLike[str],
+    location: Source,
     *,
     dtype: torch.dtype | str = AUTO,
     backend: BackendName = AUTO,
@@ -232,92 +254,52 @@ def plan(
 
     Arguments are those of ``load``. Raises ``PlanError`` with every problem at once.
     """
-    checkpoint = open_checkpoint(
+    checkpoint = opened(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
-    config = given_config(config, checkpoint)
-    resolved = find_patch(patch, config, plugins)
-    with settle(
-        resolved,
-        config,
+    job = prepare(
+        patch,
         checkpoint,
+        config=config,
         dtype=dtype,
         backend=backend,
         mapping=mapping,
         auto_class=auto_class,
         fresh=fresh,
         drop=drop,
-    ) as job:
-        check_outputs(job.model)
-        return job.reading
+        plugins=plugins,
+    )
+    check_outputs(job.model)
+    return job.reading
 
 
-def _proof(job: Job, config: PreTrainedConfig, prove: bool | None) -> tuple[str, ...]:
+def _proof(job: Prepared, prove: bool | None) -> tuple[str, ...]:
     """What there is to say about how the patch was proven here."""
     if prove is not None and not isinstance(prove, bool):
         raise PlanError(
             Problem(where="prove", what="is a yes or a no", expected="True, False or None", found=repr(prove))
         )
-    return ensure_proven(job.patch, config, type(job.model), is_wrapped=job.is_wrapped, prove=prove)
+    return ensure_proven(job.patch, job.config, type(job.model), is_wrapped=job.plan.is_wrapped, prove=prove)
 
 
-def _checked(job: Job, checkpoint: FolderCheckpoint) -> tuple[str, ...]:
+def _checked(job: Prepared) -> tuple[str, ...]:
     """Hold what a converted checkpoint gives back against its original's digests; what there is to say about it."""
     if (promise := promised(job)) is None:
         raise PlanError(
             Problem(
                 where="check_digests",
                 what="there are digests in the manifest of a converted checkpoint only",
-                found=f"{checkpoint.location} has none",
+                found=f"{job.checkpoint.location} has none",
                 fix="leave check_digests out; tepatch certify compares other checkpoints",
             )
         )
-    with Tensors(checkpoint) as tensors:
+    assert isinstance(job.checkpoint, FolderCheckpoint)  # a converted one is never completed
+    with Tensors(job.checkpoint) as tensors:
         promise.refuse(promise.differing(list(promise.digests), tensors.read, workers=CHECKED_AT_ONCE))
     return promise.notes
 
 
-def _placement(
-    job: Job,
-    device: torch.device | str | None,
-    device_map: DeviceMap | None,
-    max_memory: MaxMemory | None,
-    offload_folder: str | PathLike[str] | None,
-) -> Placement | None:
-    """Where the model's modules go, if the user says more than a device."""
-    given = {"device": device, "max_memory": max_memory, "offload_folder": offload_folder}
-    if device_map is None:
-        if beside := [name for name in ("max_memory", "offload_folder") if given[name] is not None]:
-            raise PlanError(
-                Problem(
-                    where=", ".join(beside),
-                    what="has a meaning for a device map only",
-                    fix="pass device_map='auto' with it, or leave it out",
-                )
-            )
-        return None
-    if device is not None:
-        raise PlanError(
-            Problem(
-                where="device, device_map",
-                what="both say where the model goes",
-                found=f"device={device!r}, device_map={device_map!r}",
-                fix="pass one of them: device for one device, device_map for several",
-            )
-        )
-    dtypes = {name: torch_dtype(entry.dtype) for name, entry in job.reading.targets.items()}
-    return place(
-        job.model,
-        {name: dtype for name, dtype in dtypes.items() if dtype is not None},
-        device_map,
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-        needs_gpu=job.modules.name == "te",
-    )
-
-
-def _sharded(job: Job, parallelize: Parallelize, device_map: DeviceMap | None, weights: str) -> dict[str, list[Cut]]:
-    beside = {"device_map": device_map is not None, "weights='quantized'": weights == QUANTIZED}
+def _check_alone(beside: Mapping[str, bool]) -> None:
     if not_with := [name for name, is_there in beside.items() if is_there]:
         raise PlanError(
             Problem(
@@ -326,29 +308,10 @@ def _sharded(job: Job, parallelize: Parallelize, device_map: DeviceMap | None, w
                 fix="leave one of them out; FP8 for sharded models is precision='fp8-current'",
             )
         )
-    return shard(job.model, parallelize)
-
-
-def _quantized_weights(job: Job, weights: str, *, keep_initial: bool) -> QuantizedWeights | None:
-    if weights not in WEIGHTS:
-        raise PlanError(
-            Problem(where="weights", what="can not be held so", expected=" or ".join(WEIGHTS), found=repr(weights))
-        )
-    if weights == QUANTIZED:
-        return QuantizedWeights(job.model, keeps_initial=keep_initial)
-    if keep_initial:
-        raise PlanError(
-            Problem(
-                where="keep_initial",
-                what="there are other numbers to keep only where weights are held quantized",
-                fix="pass weights='quantized' and a precision with it, or leave it out",
-            )
-        )
-    return None
 
 
 def _execute(
-    job: Job,
+    job: Prepared,
     device: torch.device | str | None,
     placement: Placement | None,
     *,
@@ -384,9 +347,9 @@ def _execute(
         """What needs no numbers: there is time for it while they are read."""
         add_hooks(job.model)
         attach(job.model)
-        install_stand_ins(job.model, job.stock)
+        install_stand_ins(job.model, job.plan.relation)
         if is_te:
-            launch_where_weights_are(job.model)
+            follow_weights(job.model)
 
     tensors, timing = load_tensors(
         job.reading, job.checkpoint, to=to, reading=reading, progress=progress, meanwhile=complete
@@ -398,6 +361,7 @@ def _execute(
     installed = time.perf_counter() - started
     if not isinstance(job.checkpoint, FreshWeights):
         keep_renamings(job.model, job.relation.sources)
+    setattr(job.model, ATTRIBUTE, job.plan)
     job.model.tepatch = Report(  # type: ignore[assignment]
         patch=job.patch.name,
         backend=job.modules.name,
@@ -407,11 +371,7 @@ def _execute(
         device=str(target) if placement is None else ", ".join(placement.devices),
         dtype=str(job.dtype).removeprefix("torch."),
         precision=precision,
-        plan=job.stock,
-        spelling=job.spelling if type(job.model).__name__ in (job.model.config.architectures or ()) else {},
-        is_wrapped=job.is_wrapped,
-        others=Deferred(job.others),
-        rules=job.rules,
+        plan=job.plan.relation,
         layout=job.layout,
         config_folder=None
         if isinstance(job.checkpoint, FreshWeights)

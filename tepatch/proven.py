@@ -21,8 +21,10 @@ from typing import Any
 
 import xxhash
 
+from tepatch import __version__
 from tepatch.errors import PluginError, Problem, first_line
 from tepatch.patch import Patch
+from tepatch.te import probe
 
 LIBRARIES = ("transformers", "torch", "transformer-engine", "peft", "accelerate")
 """What a proof is bound to, by the names of packages."""
@@ -79,6 +81,16 @@ def packaged(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a result depends on, by the name of the package."""
+    import torch
+    import transformers
+
+    out = {"tepatch": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    status = probe()
+    return {**out, "transformer-engine": status.version} if status.version else out
 
 
 def text_of(versions: Versions) -> str:

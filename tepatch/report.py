@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 from tepatch.errors import visible
-from tepatch.mapping.rules import Mapping as Rules
 from tepatch.planning.plan import Plan
-
-
-class Deferred:
-    """Plans that are made when they are first asked for: most models never read a state dict in another layout."""
-
-    def __init__(self, make: Callable[[], tuple[Plan, ...]]) -> None:
-        self._make = make
-        self._made: tuple[Plan, ...] | None = None
-
-    def __call__(self) -> tuple[Plan, ...]:
-        """The plans."""
-        if self._made is None:
-            self._made = self._make()
-            del self._make  # and all that it needed
-        return self._made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (self(),)
-
-
-def _made(plans: tuple[Plan, ...]) -> Deferred:
-    return Deferred(lambda: plans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +28,6 @@ class Report:
     is left to the ``te.autocast`` around the model."""
     plan: Plan
     """How the parameters and the original checkpoint's tensors belong together, by the stock model's names for them."""
-    spelling: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """The stock model's name -> the checkpoint's, where they differ and a save has the checkpoint's."""
-    is_wrapped: bool = False
-    """Whether the rules read the config of the language model inside the model's own."""
-    others: Deferred = field(repr=False)
-    """The same for other layouts that state dicts may come in."""
-    rules: Rules = field(repr=False)
-    """The mapping that the plan was made by: saving makes another, for the model as it is then."""
     layout: str
     """The layout of what was loaded: ``hf`` (that of the plan), ``te`` (the parameters' own), or the patch's name
     for another."""
@@ -100,21 +67,5 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data (the plan included)."""
-        out = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("plan", "others", "rules", "spelling")
-        }
+        out = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
         return {**out, "plan": self.plan.to_json()}
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what a result depends on, by the name of the package."""
-    import torch
-    import transformers
-
-    from tepatch.te import probe
-
-    out = {"tepatch": version("tepatch"), "torch": torch.__version__, "transformers": transformers.__version__}
-    status = probe()
-    return {**out, "transformer-engine": status.version} if status.version else out

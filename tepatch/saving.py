@@ -19,8 +19,9 @@ from tepatch.dtypes import dtype_code, torch_dtype
 from tepatch.errors import Problem, SaveError, visible
 from tepatch.hf.config import told
 from tepatch.hf.export import check_present, export_plan, report_of
+from tepatch.hf.model_plan import plan_of
 from tepatch.hf.named import named_tensors
-from tepatch.hf.placement import offloaded
+from tepatch.hf.offloaded import offloaded
 from tepatch.hf.prepare import AUTO, parameter_dtype
 from tepatch.hf.translate import readable
 from tepatch.planning import Plan
@@ -73,7 +74,7 @@ def save(
     started = time.perf_counter()
     report = report_of(model)
     code = "" if isinstance(dtype, str) and dtype == AUTO else dtype_code(parameter_dtype(dtype, model.config)) or ""
-    plan = export_plan(model, dtype=code).renamed(report.spelling)
+    plan = export_plan(model, dtype=code).renamed(plan_of(model).spelling)
     tensors, away, notes = named_tensors(model), offloaded(model), []
     plain = (torch.Tensor, torch.nn.Parameter)
     kinds = Counter(kind.__name__ for kind in (type(tensors[name]) for name in plan.reads) if kind not in plain)

@@ -1,4 +1,4 @@
-"""Each name in ``tepatch.borrowed`` is still there, and still means what the code relies on.
+"""Each name in the table of ``tests/shared/borrowed.py`` is still there, and still means what the code relies on.
 
 A check looks at the real thing: a closure that transformers makes, a module that accelerate has dispatched, the frame
 of a caller. It fails by the name of its entry. And no private name in the code is left out of the table: a scan of the
@@ -32,6 +32,7 @@ import torch.utils.checkpoint
 import transformers
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, fsdp_utils, modeling, offload_state_dict
+from borrowed import BORROWED, Borrowed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -84,8 +85,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionConfig
 
-from tepatch.borrowed import BORROWED, Borrowed
-from tepatch.hf import attention, placement
+from tepatch.hf import attention, current_gpu, offloaded, placement
 from tepatch.hf.named import without_wrappers
 from tepatch.hf.sharding import cuts_of
 from tepatch.te.attention import ACTIVATIONS
@@ -1125,7 +1125,7 @@ def cache_that_layers_get(folder: Path) -> None:
 def positions_that_layers_get(folder: Path) -> None:
     cos, sin = arguments_of_a_layer()["position_embeddings"]
     assert cos.shape == sin.shape == (1, 8, 16)
-    assert {"attention_mask", "position_ids"} <= set(arguments_of_a_layer()) & set(placement._COMMON)
+    assert {"attention_mask", "position_ids"} <= set(arguments_of_a_layer()) & set(current_gpu._COMMON)
 
 
 # -- accelerate --
@@ -1143,7 +1143,7 @@ def where_a_hook_is(folder: Path) -> None:
     model = dispatched(folder)
     assert isinstance(model[1][0]._hf_hook, AlignDevicesHook | SequentialHook)
     assert not hasattr(nn.Linear(2, 2), "_hf_hook")
-    assert list(placement.offloaded(model)) == ["1.0.weight"]
+    assert list(offloaded.offloaded(model)) == ["1.0.weight"]
 
 
 @check("accelerate", "hooks")
@@ -1151,7 +1151,7 @@ def several_hooks(folder: Path) -> None:
     module, hooks = nn.Linear(2, 2), [ModelHook(), ModelHook()]
     for hook in hooks:
         add_hook_to_module(module, hook, append=True)
-    assert list(placement._hooks_of(module)) == hooks
+    assert list(offloaded.hooks_of(module)) == hooks
     assert list(module._hf_hook.hooks) == hooks
 
 
@@ -1161,7 +1161,7 @@ def offloading_hook(folder: Path) -> tuple[Any, Any]:
     weight = model[0][0].weight.detach().clone()
     accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
     assert model[0][0].weight.is_meta
-    (hook,) = [each for each in placement._hooks_of(model[0][0]) if getattr(each, "offload", False)]
+    (hook,) = [each for each in offloaded.hooks_of(model[0][0]) if getattr(each, "offload", False)]
     return hook, weight
 
 
@@ -1201,8 +1201,8 @@ def names_of_all_weights(folder: Path) -> None:
     hook, _ = offloading_hook(folder)
     (folder / "0.0.weight.dat").unlink()  # nothing is read to find out
     assert list(hook.weights_map.dataset.all_keys) == ["0.0.weight"]
-    assert placement._has(hook.weights_map, "weight")
-    assert not placement._has(hook.weights_map, "bias")
+    assert offloaded._has(hook.weights_map, "weight")
+    assert not offloaded._has(hook.weights_map, "bias")
 
 
 @check("accelerate", "index.json")
@@ -1819,8 +1819,7 @@ def sources(root: Path) -> dict[str, str]:
     for base, path in [(root, root / "tepatch"), *((src, src) for src in sorted(root.glob("plugins/*/src")))]:
         for file in sorted(path.rglob("*.py")):
             name = ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
-            if name != "tepatch.borrowed":
-                found[name] = file.read_text(encoding="utf-8")
+            found[name] = file.read_text(encoding="utf-8")
     return found
 
 
@@ -1971,7 +1970,9 @@ def test_each_entry_says_why_and_where(code: dict[str, str]) -> None:
 
 def test_no_private_name_is_used_that_is_not_in_the_table(code: dict[str, str]) -> None:
     found = unlisted(code)
-    assert not found, "add them to tepatch.borrowed with a check here, or do without: " + "; ".join(map(str, found))
+    assert not found, "add them to tests/shared/borrowed.py with a check here, or do without: " + "; ".join(
+        map(str, found)
+    )
 
 
 def test_each_entry_names_every_module_that_uses_it(code: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from xxhash import xxh3_128_hexdigest
 
 import tepatch
 from tepatch.errors import CheckpointError, PlanError, SaveError, TepatchError
+from tepatch.hf.model_plan import plan_of
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -389,7 +390,7 @@ def test_another_wording_of_the_mapping_is_no_other_layout(
     convert(folder, tmp_path / "te", mapping=tmp_path / "worded.yaml")
     manifest = json.loads((tmp_path / "te" / "tepatch.json").read_text())
     assert_same_parameters(load(tmp_path / "te"), load(folder))
-    assert load(tmp_path / "te").tepatch.rules.digest != manifest["mapping_digest"]
+    assert plan_of(load(tmp_path / "te")).rules.digest != manifest["mapping_digest"]
     convert(tmp_path / "te", tmp_path / "back")
     assert_equal(tensors_in(tmp_path / "back"), tensors_in(folder))
 
@@ -400,7 +401,7 @@ def test_a_folder_of_another_layout_is_refused_with_the_way_on(
     folder = save_checkpoint(tiny_llama())
     te = convert(folder, tmp_path / "te", mapping=interleaved).destination
     manifest = json.loads((te / "tepatch.json").read_text())
-    ours = load(folder).tepatch.rules.digest
+    ours = plan_of(load(folder)).rules.digest
     for call in (load, lambda path: tepatch.plan("llama", path), lambda path: convert(path, tmp_path / "back")):
         with pytest.raises(PlanError, match="places tensors elsewhere than the mapping that this was") as caught:
             call(te)

@@ -17,6 +17,7 @@ import tepatch
 from tepatch.checkpoint import open_checkpoint
 from tepatch.dtypes import torch_dtype
 from tepatch.errors import CheckpointError, PlanError
+from tepatch.hf.model_plan import plan_of
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -136,7 +137,7 @@ def test_a_third_layout_has_no_digests_of_what_is_given_back(source: Path, tmp_p
     model = load(source)
     third = tmp_path / "third"
     third.mkdir()
-    (plan,) = model.tepatch.others()
+    (plan,) = plan_of(model).other_layouts
     tensors = tepatch.transfer.fill.restore_tensors(plan, dict(model.named_parameters()))
     save_file({name: tensor.float() for name, tensor in tensors}, third / "model.safetensors")
     (third / "config.json").write_text((source / "config.json").read_text())

@@ -34,7 +34,7 @@ def test_importing_tepatch_takes_a_moment() -> None:
 
 
 ORDER = [
-    *("errors", "borrowed", "contract", "progress", "dtypes", "views", "mapping", "planning", "te", "report"),
+    *("errors", "contract", "progress", "dtypes", "views", "mapping", "planning", "report", "te"),
     *("patch", "hookspecs", "plugins", "replace", "checkpoint", "transfer", "hf"),
     *("proven", "testing", "proof", "loading", "saving", "conversion", "verify", "certification", "cli"),
 ]

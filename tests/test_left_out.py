@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import tepatch
 from tepatch.errors import PlanError
+from tepatch.hf.model_plan import plan_of
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
@@ -66,7 +67,7 @@ EXTRA = "model.layers.0.self_attention.proj._extra_state"
 def te_llama(folder: Path, extra: Any) -> Path:
     """The folder of a Llama in te_llama's layout, as a ``.bin`` with ``extra`` in it."""
     model = load(folder)
-    (plan,) = model.tepatch.others()
+    (plan,) = plan_of(model).other_layouts
     tensors = dict(tepatch.transfer.fill.restore_tensors(plan, dict(model.named_parameters())))
     (folder / "model.safetensors").unlink()
     torch.save({**tensors, EXTRA: extra}, folder / "pytorch_model.bin")

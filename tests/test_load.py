@@ -27,13 +27,11 @@ from tepatch.errors import (
     PluginError,
     TepatchError,
 )
-from tepatch.hf.config import read_config
 from tepatch.hf.fresh import FreshWeights
 from tepatch.hf.model import build_on_meta, keep_in_float32
-from tepatch.hf.prepare import settle
+from tepatch.hf.prepare import prepare
 from tepatch.mapping import parse_mapping
 from tepatch.planning import Spec, make_plan
-from tepatch.plugins import default_host
 from tepatch.transfer.fill import Destination, load_tensors
 
 Make = Callable[..., Any]
@@ -430,14 +428,11 @@ except LoadError as error:
 
 def test_a_shard_that_shrinks_while_loading_is_an_error(tiny_llama: Make, save_checkpoint: Save) -> None:
     folder = save_checkpoint(tiny_llama(), shards=2)
-    config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    patch = default_host().patch("llama")
+    job = prepare("llama", open_checkpoint(folder), backend="reference")
     path = folder / "model-00002-of-00002.safetensors"
-    with settle(patch, config, checkpoint, dtype="auto", backend="reference", mapping=None) as job:
-        path.write_bytes(path.read_bytes()[:-8])
-        with pytest.raises((CheckpointError, LoadError), match="model-00002"):
-            load_tensors(job.reading, checkpoint, to=Destination(device=torch.device("cpu")))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises((CheckpointError, LoadError), match="model-00002"):
+        load_tensors(job.reading, job.checkpoint, to=Destination(device=torch.device("cpu")))
 
 
 def test_a_loaded_model_copies_and_pickles(tiny_llama: Make, save_checkpoint: Save) -> None:

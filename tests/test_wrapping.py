@@ -18,6 +18,7 @@ from rounding import assert_close, forward_terms, gradient_terms
 from safetensors.torch import load_file
 
 import tepatch
+from tepatch.hf.model_plan import plan_of
 from tepatch.verify import compare_logits
 
 Make = Callable[..., Any]
@@ -136,7 +137,7 @@ def walked(model: Any) -> None:
         assert module.named_children is not None
         if isinstance(module, torch.nn.Linear):
             assert module.weight is not None
-    assert str(model.tepatch.others()) == str(model.tepatch.others())
+    assert str(plan_of(model).other_layouts) == str(plan_of(model).other_layouts)
 
 
 def adapted(model: Any) -> None:

@@ -42,7 +42,7 @@ from tepatch.planning.accounting import DROPPED
 from tepatch.planning.plan import Plan, is_convertible
 from tepatch.plugins import default_host
 from tepatch.progress import ProgressBar
-from tepatch.report import installed_versions
+from tepatch.proven import installed_versions
 from tepatch.transfer.reader import on_cpu_by_default, tensor_digest
 from tepatch.transfer.steps import check_constants
 from tepatch.verify import judge, verify

@@ -21,7 +21,8 @@ from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.dtypes import torch_dtype
 from tepatch.errors import PlanError
 from tepatch.hf.config import AutoClass
-from tepatch.hf.prepare import NATIVE, ORIGINAL, Job, find_patch, given_config, settle
+from tepatch.hf.fit import NATIVE, ORIGINAL
+from tepatch.hf.prepare import Prepared, prepare
 from tepatch.planning.bind import IDENTITY, Affine
 from tepatch.planning.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
 from tepatch.transfer.reader import Parameters, Tensors
@@ -40,7 +41,7 @@ class Side:
 
     checkpoint: Checkpoint
     layout: str
-    job: Job | None
+    job: Prepared | None
     """None if the checkpoint is not what the patch expects: then its tensors are taken as they are."""
     tensors: Tensors
     names: Mapping[str, Spec]
@@ -182,23 +183,20 @@ def open_side(
     ``dtype`` is that of the parameters which a checkpoint of the original's tensors has gone through. Raises
     ``PlanError`` for a checkpoint that does not fit the patch, unless it ``may_not_fit`` and may be the original's.
     """
-    config = given_config(None, checkpoint)
-    resolved = find_patch(patch, config, plugins)
     native = checkpoint.manifest is not None
     chosen = checkpoint.manifest.dtype if checkpoint.manifest is not None else dtype
 
-    def settled(dtype: torch.dtype | str) -> Job:
-        with settle(
-            resolved,
-            config,
+    def settled(dtype: torch.dtype | str) -> Prepared:
+        return prepare(
+            patch,
             checkpoint,
             dtype=dtype,
             backend="reference",
             mapping=mapping,
             auto_class=auto_class,
             drop=drop,
-        ) as job:
-            return job
+            plugins=plugins,
+        )
 
     try:
         job = settled(chosen)

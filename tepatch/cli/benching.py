@@ -121,7 +121,7 @@ def load(
 
         from tepatch.checkpoint import open_checkpoint
         from tepatch.hf.placement import check_device
-        from tepatch.report import installed_versions
+        from tepatch.proven import installed_versions
         from tepatch.te import probe
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -17,9 +17,6 @@ from tepatch.hf.texts import read_config_text
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from tepatch.report import Report
-
-
 AutoClass = str | type | None
 """One of transformers' auto classes, a model class, or the name of either; None for the checkpoint's own."""
 
@@ -215,11 +212,6 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         what = "the config of the language model inside is none"
         raise CheckpointError(Problem(where="config.json", what=what, fix="correct config.json"))
     return found
-
-
-def fields_for(report: Report, config: PreTrainedConfig) -> ConfigFields:
-    """The fields of a patched model's config as its rules read them."""
-    return ConfigFields(text_config(config) if report.is_wrapped else config)
 
 
 class ConfigFields(Mapping[str, Any]):

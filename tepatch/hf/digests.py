@@ -12,7 +12,7 @@ import xxhash
 from tepatch.checkpoint.manifest import MANIFEST, Manifest
 from tepatch.checkpoint.writing import tensor_bytes
 from tepatch.errors import CheckpointError, Problem
-from tepatch.hf.prepare import Job
+from tepatch.hf.prepare import Prepared
 from tepatch.mapping.names import fold
 from tepatch.planning import Plan
 from tepatch.transfer.steps import Read, assemble, damaged
@@ -50,7 +50,7 @@ class Promised:
             raise damaged(self.location, names)
 
 
-def promised(job: Job) -> Promised | None:
+def promised(job: Prepared) -> Promised | None:
     """What ``job``'s checkpoint has to give back; None if it is not a converted one.
 
     Raises ``CheckpointError`` for a manifest that is not as it was written: its digests, or the dtypes that they are
@@ -71,7 +71,7 @@ def promised(job: Job) -> Promised | None:
     return Promised(location=job.checkpoint.location, plan=plan.reverse(), digests=digests, notes=notes)
 
 
-def held(job: Job) -> Plan:
+def held(job: Prepared) -> Plan:
     """``job.relation`` with the parameters in the dtypes that a converted checkpoint's files have them in."""
     tensors = job.checkpoint.tensors
     targets = job.relation.targets

@@ -6,25 +6,28 @@ the config is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from tepatch.errors import PlanError, Problem, SaveError
-from tepatch.hf.config import fields_for
-from tepatch.hf.model import build_on_meta, target_specs
-from tepatch.hf.placement import offloaded
+from tepatch.hf.model import stock_specs, target_specs
+from tepatch.hf.model_plan import ModelPlan, plan_of
+from tepatch.hf.offloaded import offloaded
 from tepatch.mapping.names import fold
 from tepatch.mapping.rules import is_below
-from tepatch.planning import Plan, Spec, make_export_plan
+from tepatch.planning import Plan, Spec
 from tepatch.report import Report
 from tepatch.transfer.steps import same_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Stock = Callable[[], tuple[dict[str, Spec], dict[str, str]]]
+"""Gives what the stock model has for the config as it is now: made at most once, and only if it is needed."""
 _CHANGED = "the model has changed since it was loaded, and can not be saved in the checkpoint's layout"
 _INSIDE = ("module", "_orig_mod", "module._orig_mod", "_orig_mod.module", "base_model.model")
 """Where wrappers keep the model: DDP and FSDP, ``torch.compile``, both of them, PEFT."""
@@ -36,24 +39,18 @@ def export_plan(model: PreTrainedModel, *, dtype: str = "") -> Plan:
     Raises ``PlanError`` for a model that is not patched, and naming every parameter that the mapping does not know
     or does not find, or that has another shape than the config says.
     """
-    report = report_of(model)
+    report_of(model)
+    before = plan_of(model)
     targets, ties = target_specs(model, None)
-    _tie_again(model, report.plan, targets, ties)
-    _check_outside(model, report, targets, ties)
+    _tie_again(model, before.relation, targets, ties)
+    stock = lru_cache(1)(lambda: stock_specs(before.model_class, model.config))
+    _check_outside(before, stock, targets, ties)
+    like = {name: spec for name, spec in before.relation.sources.items() if spec.state != "ignored"}
     try:
-        plan = make_export_plan(
-            report.rules,
-            config=fields_for(report, model.config),
-            targets=targets,
-            ties=ties,
-            like={name: spec for name, spec in report.plan.sources.items() if spec.state != "ignored"},
-            dtype=dtype,
-            patch=report.patch,
-            location=report.plan.location,
-        )
+        plan = before.export(targets, ties, config=model.config, like=like, dtype=dtype)
     except PlanError as error:
-        raise PlanError(list(_changes(report.plan, targets)) or error.problems, heading=_CHANGED) from error
-    _check_shapes(model, report, plan)
+        raise PlanError(list(_changes(before.relation, targets)) or error.problems, heading=_CHANGED) from error
+    _check_shapes(before.relation, stock, plan)
     return plan.reverse()
 
 
@@ -120,29 +117,24 @@ def _changes(before: Plan, now: Mapping[str, Spec]) -> Iterator[Problem]:
         )
 
 
-def _check_outside(
-    model: PreTrainedModel, report: Report, targets: Mapping[str, Spec], ties: Mapping[str, str]
-) -> None:
+def _check_outside(before: ModelPlan, stock: Stock, targets: Mapping[str, Spec], ties: Mapping[str, str]) -> None:
     """What is outside the rules' base must be what the stock model has there for the config as it is now.
 
     ``rest: same`` is for the stock model's own parameters, and would take in whatever was added since.
     """
-    base = report.rules.base
-    if base is None or report.rules.rest is None:
+    base = before.rules.base
+    if base is None or before.rules.rest is None:
         return
 
     def outside(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
         return {name: tied.get(name, "") for name in names if not is_below(name, base)}
 
     now = outside((*targets, *ties), ties)
-    # A model that was wrapped or sharded may be of a class that was made of its own.
-    cls = next(each for each in type(model).__mro__ if each.__name__ == report.model_class)
-    stock, _ = build_on_meta(cls, model.config, dtype=torch.float32)
-    specs, stock_ties = target_specs(stock, None)
+    specs, stock_ties = stock()
     wanted = outside((*specs, *stock_ties), stock_ties)
     if now == wanted:
         return
-    problems = list(_changes(report.plan, {**dict.fromkeys(ties, Spec((), "")), **targets}))
+    problems = list(_changes(before.relation, {**dict.fromkeys(ties, Spec((), "")), **targets}))
     problems += [
         Problem(
             where="model",
@@ -155,7 +147,7 @@ def _check_outside(
         for name in now.keys() & wanted.keys()
         if now[name] != wanted[name]
     ]
-    raise PlanError(problems or [_unlike(cls)], heading=_CHANGED)
+    raise PlanError(problems or [_unlike(before.model_class)], heading=_CHANGED)
 
 
 def _unlike(cls: type) -> Problem:
@@ -170,19 +162,18 @@ def _is_patched(wrapper: object, path: str) -> bool:
     return isinstance(getattr(inner, "__dict__", {}).get("tepatch"), Report)
 
 
-def _check_shapes(model: PreTrainedModel, report: Report, plan: Plan) -> None:
+def _check_shapes(relation: Plan, stock: Stock, plan: Plan) -> None:
     """What has another shape than when it was loaded must have the one that the config says now.
 
     Shapes follow from the parameters, so a model that was cut without its config would be saved, and not load.
     """
-    before = report.plan.sources
+    before = relation.sources
     resized = {
         name: spec.shape for name, spec in plan.sources.items() if name in before and spec.shape != before[name].shape
     }
     if not resized:
         return
-    stock, _ = build_on_meta(type(model), model.config, dtype=torch.float32)
-    wanted, _ = target_specs(stock, None)
+    wanted, _ = stock()
     if problems := [
         Problem(
             where=name,

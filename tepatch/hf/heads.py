@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from tepatch.checkpoint import Checkpoint, ShardReader, TensorInfo
+from tepatch.checkpoint.manifest import MANIFEST
 from tepatch.errors import PlanError, Problem
 from tepatch.hf.fresh import FreshWeights
-from tepatch.mapping.names import meant_by
+from tepatch.hf.locate import Locator
+from tepatch.hf.model import target_specs
+from tepatch.mapping import Mapping as Rules
+from tepatch.mapping.names import fold, listed, meant_by
+from tepatch.mapping.relocate import below, joined
 
 if TYPE_CHECKING:
     from tepatch.checkpoint.manifest import Manifest
@@ -142,3 +147,55 @@ def chosen(given: Iterable[str], names: Mapping[str, str], *, argument: str, of:
     if problems:
         raise PlanError(problems)
     return list(found)
+
+
+def completed(
+    locator: Locator,
+    rules: Rules,
+    checkpoint: Checkpoint,
+    stock: FreshWeights,
+    fresh: Iterable[str],
+    drop: Iterable[str],
+) -> tuple[Checkpoint, list[str], tuple[str, ...]]:
+    """The checkpoint with what the caller wants to be fresh, what is dropped of it, and notes that say so."""
+    if checkpoint.manifest is not None:
+        raise PlanError(
+            Problem(
+                where="fresh, drop",
+                what="a checkpoint in the layout of the layers holds the parameters of one model, all of them",
+                found=str(checkpoint.config_folder / MANIFEST),
+                fix="load the original with fresh and drop, or convert this one back to hf first",
+            )
+        )
+    model_class, where = type(stock.stock).__name__, checkpoint.location
+    aliases = locator.at(rules, checkpoint.tensors, where).spelling.stock()
+    known = (*checkpoint.tensors, *checkpoint.others, *checkpoint.absent)
+    names = {name: aliases.get(name, name) for name in known}
+    dropped = chosen(drop, names, argument="drop", of="the checkpoint")
+    made = chosen(fresh, {name: name for name in stock.tensors}, argument="fresh", of=model_class)
+    kept = [name for name in checkpoint.tensors if name not in dropped]
+    located = locator.at(rules, kept, where)
+    inside = below(rules, made, locator.base)
+    here: dict[str, str] = {}  # a rule looks for a tensor at the checkpoint's place of the base
+    for name in made:
+        here[joined(located.source, inside[name]) if name in inside else located.rest.get(name, name)] = name
+    # A tied tensor may be stored under its other name as well, and would have to be equal to what is drawn.
+    _, ties = target_specs(stock.stock, None)
+    held = {name: here.get(name) or ties.get(names[name], "") for name in kept}
+    if held := {name: first for name, first in held.items() if first in made}:
+        raise PlanError(
+            Problem(
+                where="fresh",
+                what="the checkpoint has these tensors",
+                details=tuple(fold(held, 12)),
+                fix=f"to load them, have fresh name none of {listed(dict.fromkeys(held.values()))}; "
+                f"to replace them: drop={listed(held)}",
+            )
+        )
+    notes = []
+    if made:
+        notes.append(f"not read but drawn, as a new {model_class} has them: {', '.join(fold(made, 12))}")
+    if replaced := [name for name in dropped if name in here]:
+        notes.append(f"the checkpoint's own of these were dropped by the caller: {', '.join(fold(replaced, 12))}")
+    left = [name for name in dropped if name not in here]
+    return (Completed(checkpoint, stock, here) if here else checkpoint), left, tuple(notes)

@@ -124,6 +124,11 @@ def target_specs(model: PreTrainedModel, dtype: torch.dtype | None) -> tuple[dic
     return specs, ties
 
 
+def stock_specs(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[dict[str, Spec], dict[str, str]]:
+    """``target_specs`` of the stock model of this class and config, each tensor in float32."""
+    return target_specs(build_on_meta(cls, config, dtype=torch.float32)[0], None)
+
+
 def keep_in_float32(
     model: PreTrainedModel, specs: Mapping[str, TensorSpec], plan: Plan, dtype: torch.dtype
 ) -> Mapping[str, TensorSpec]:

@@ -1,9 +1,8 @@
-"""Where the parameters of a model go when it is loaded over several devices, and where they are when they are away.
+"""Where the parameters of a model go when it is loaded over several devices.
 
 A device map says for each module "a GPU", "cpu" or "disk", as in ``from_pretrained``. accelerate computes it, and its
-hooks move what is needed where it is needed. Ours is what comes before and after: each tensor is filled where
-it will stay (a tensor for the disk is a file of the offload folder, mapped into memory, from the start), and a model
-whose parameters are away can still be saved.
+hooks move what is needed where it is needed. Ours is what comes before: each tensor is filled where it will stay (a
+tensor for the disk is a file of the offload folder, mapped into memory, from the start).
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +25,6 @@ from tepatch.hf.config import told
 from tepatch.hf.named import named_tensors
 from tepatch.hf.translate import patched_names
 from tepatch.mapping.names import fold
-from tepatch.te.devices import brought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +33,6 @@ DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device]
 """What ``from_pretrained`` takes: a strategy, one device, or a device for each module."""
 MaxMemory = Mapping[int | str, int | str]
 """Bytes (or a text such as "10GB") by GPU number and "cpu"."""
-
-Readers = Mapping[str, Callable[[], torch.Tensor]]
-"""From a parameter's name to what gives its tensor."""
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 CPU: Final = "cpu"
@@ -159,6 +153,42 @@ def place(
     return Placement(device_map=places, main=_device(main), folder=_folder(places, dtypes, offload_folder))
 
 
+def placement_for(
+    model: PreTrainedModel,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    device: torch.device | str | None,
+    device_map: DeviceMap | None,
+    max_memory: MaxMemory | None,
+    offload_folder: str | os.PathLike[str] | None,
+    needs_gpu: bool,
+) -> Placement | None:
+    """``place``, if the caller says more than a device. Raises ``PlanError`` for arguments that do not go together."""
+    if device_map is not None and device is not None:
+        raise PlanError(
+            Problem(
+                where="device, device_map",
+                what="both say where the model goes",
+                found=f"device={device!r}, device_map={device_map!r}",
+                fix="pass one of them: device for one device, device_map for several",
+            )
+        )
+    if device_map is not None:
+        return place(
+            model, dtypes, device_map, max_memory=max_memory, offload_folder=offload_folder, needs_gpu=needs_gpu
+        )
+    beside = {"max_memory": max_memory, "offload_folder": offload_folder}
+    if given := [name for name, value in beside.items() if value is not None]:
+        raise PlanError(
+            Problem(
+                where=", ".join(given),
+                what="has a meaning for a device map only",
+                fix="pass device_map='auto' with it, or leave it out",
+            )
+        )
+    return None
+
+
 def check_device(device: Any) -> torch.device:
     """The device that is meant, a GPU with its number. Raises ``BackendError`` for one that holds no values here."""
     try:
@@ -176,113 +206,6 @@ def check_device(device: Any) -> torch.device:
             )
         ) from None
     return out
-
-
-def launch_where_weights_are(model: PreTrainedModel) -> None:
-    """Make every layer compute on its own GPU, whichever is torch's current one.
-
-    Transformer Engine launches its kernels on the current GPU, not on that of its tensors (2.20.2). Masks and tables of
-    positions are brought along, once for all layers of a GPU. Hooks are put on the layers only where there is more
-    than one GPU to confuse.
-    """
-    if torch.cuda.device_count() < 2:
-        return
-    layers = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in layers:
-            current = _CurrentGpu()
-            module.register_forward_pre_hook(current.enter, with_kwargs=True)
-            module.register_forward_hook(current.leave, always_call=True)
-
-
-_COMMON = ("attention_mask", "position_embeddings", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
-"""Arguments that are the same for many layers."""
-
-
-class _CurrentGpu:
-    """The hooks around one layer. Its GPU is looked up at each call: models are moved, and offloaded."""
-
-    def __init__(self) -> None:
-        # By thread: DataParallel calls copies of a layer, which share its hooks, in a thread for each GPU.
-        self.before: dict[int, list[int]] = {}
-
-    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        current = torch.cuda.current_device()
-        self.before.setdefault(threading.get_ident(), []).append(current)
-        wanted = _gpu_of(module)
-        if wanted is None:  # those copies have no parameters that can be listed
-            wanted = next((each.device.index for each in args if isinstance(each, torch.Tensor) and each.is_cuda), None)
-        if wanted is None:
-            return None
-        if wanted != current:
-            torch.cuda.set_device(wanted)
-        device = torch.device("cuda", wanted)
-        common = {name: brought(kwargs[name], device) for name in _COMMON if name in kwargs}
-        return args, {**kwargs, **common}
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        entered = self.before.get(threading.get_ident())
-        if not entered:
-            return  # another hook before ours has failed
-        before = entered.pop()
-        if torch.cuda.current_device() != before:
-            torch.cuda.set_device(before)
-
-
-def _gpu_of(layer: nn.Module) -> int | None:
-    """The GPU on which a layer computes: where its weights are, or where accelerate's hooks will bring them."""
-    for parameter in layer.parameters():
-        if parameter.is_cuda:
-            return parameter.device.index
-    for module in layer.modules():
-        for hook in _hooks_of(module):
-            device = getattr(hook, "execution_device", None)
-            if device is not None and _device(device).type == "cuda":
-                return _device(device).index
-    return None
-
-
-def offloaded(model: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
-    """Readers of the parameters that are on the meta device because accelerate keeps them elsewhere, by name.
-
-    A reader gives the tensor from the CPU's memory as it is there, or reads it from the disk.
-    """
-    return dict(_away(model))
-
-
-def _away(model: nn.Module) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    for name, tensor in named_tensors(model).items():
-        if not tensor.is_meta:
-            continue
-        parts = name.split(".")
-        for end in range(len(parts) - 1, -1, -1):  # the innermost hook that has it
-            kept = _weights_of(model.get_submodule(".".join(parts[:end])))
-            rest = ".".join(parts[end:])
-            if kept is not None and _has(kept, rest):
-                yield name, lambda kept=kept, rest=rest: kept[rest]  # type: ignore[misc]
-                break
-
-
-def _weights_of(module: nn.Module) -> Mapping[str, torch.Tensor] | None:
-    """What accelerate's hook of a module takes its parameters from, by their names in the module."""
-    for each in _hooks_of(module):
-        kept: Mapping[str, torch.Tensor] | None = getattr(each, "weights_map", None)
-        if kept is not None and getattr(each, "offload", False):
-            return kept
-    return None
-
-
-def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """accelerate's hooks of a module: one, or several in a sequence."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
-
-
-def _has(kept: Any, name: str) -> bool:
-    """Whether ``kept`` has ``name``, without reading a tensor from the disk to find out."""
-    prefix, whole = getattr(kept, "prefix", ""), getattr(kept, "dataset", kept)
-    keys = getattr(whole, "all_keys", whole)
-    return f"{prefix}{name}" in keys
 
 
 def _computed(

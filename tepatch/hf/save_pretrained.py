@@ -12,10 +12,12 @@ import torch
 from tepatch.checkpoint.manifest import MANIFEST
 from tepatch.errors import PlanError, Problem, SaveError, UnsupportedError
 from tepatch.hf.export import check_present, export_plan, report_of
+from tepatch.hf.model_plan import plan_of
 from tepatch.hf.named import named_tensors
-from tepatch.hf.placement import Readers, offloaded
-from tepatch.hf.translate import Names, is_extra_state, memory_names_of, names_in, patched_names, readable, translate
+from tepatch.hf.offloaded import Readers, offloaded
+from tepatch.hf.translate import is_extra_state, patched_names, readable, translate
 from tepatch.mapping.names import fold
+from tepatch.planning.groups import Names, names_in
 from tepatch.planning.plan import Plan
 from tepatch.transfer.steps import check_constants
 
@@ -66,7 +68,7 @@ def _plan_for(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> P
     try:
         return export_plan(model).reverse()
     except PlanError:
-        plan, memory = report_of(model).plan, memory_names_of(model).plan
+        plan, memory = plan_of(model).relation, plan_of(model).memory_names.plan
         if state_dict is None or not _is_all_of((plan.targets, plan.sources, memory.sources), state_dict):
             raise
         return plan

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tepatch.errors import PlanError, Problem
+from tepatch.hf.model_plan import ATTRIBUTE, plan_of
 from tepatch.hf.named import without_wrappers
-from tepatch.hf.translate import memory_names_of
 from tepatch.mapping.names import fold
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def _sources(model: nn.Module) -> dict[str, list[str]]:
     """By the names of parameters in ``model``, the stock model's names for what they hold, where those differ."""
     out: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        if not hasattr(module, "tepatch"):
+        if ATTRIBUTE not in vars(module):
             continue
         prefix = without_wrappers(f"{path}.") if path else ""
-        for copy in memory_names_of(module).plan.copies:
+        for copy in plan_of(module).memory_names.plan.copies:
             held = out.setdefault(prefix + copy.target, [])
             if prefix + copy.source not in held:
                 held.append(prefix + copy.source)

@@ -23,23 +23,19 @@ from torch import nn
 from tepatch.dtypes import torch_dtype
 from tepatch.errors import TepatchError
 from tepatch.hf.model import EXTRA_STATE
+from tepatch.hf.model_plan import plan_of
 from tepatch.hf.named import named_tensors, without_wrappers
-from tepatch.hf.names import names_in_memory
+from tepatch.hf.names import Renaming
 from tepatch.hf.save_pretrained import refuse_to_save_a_part, save_pretrained
 from tepatch.hf.translate import (
-    Group,
-    Names,
     gives_own_names,
     is_extra_state,
-    is_whole,
-    memory_names_of,
-    names_for,
-    names_of,
     own_names,
     patched_names,
     readable,
     translate,
 )
+from tepatch.planning.groups import Group, Names, is_whole
 from tepatch.planning.plan import Copy
 from tepatch.te.layer import AcceleratedLayer
 from tepatch.te.optimizers import watch
@@ -53,7 +49,7 @@ __all__ = ["attach", "expect_no_extra_state", "give_their_names", "patched_names
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make ``model`` give, take and save Hugging Face's names, once it carries its report as ``model.tepatch``.
+    """Make ``model`` give, take and save Hugging Face's names, once it carries its ``ModelPlan``.
 
     ``model.state_dict()`` hands out tensors that share memory with the parameters wherever a source lies in one
     strided view, and restored copies elsewhere. ``model.load_state_dict()`` takes a dict of either language, or
@@ -82,7 +78,7 @@ def give_their_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     for key in [key for key in state_dict if is_extra_state(key, prefix)]:
         del state_dict[key]
     if not gives_own_names():
-        translate(memory_names_of(module), state_dict, prefix)
+        translate(plan_of(module).memory_names, state_dict, prefix)
 
 
 def take_their_names(
@@ -108,7 +104,7 @@ def take_their_names(
         _rename_as_in_memory(cast("PreTrainedModel", module), state_dict, prefix)
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         _Taking(
-            names=names_for(module, given),
+            names=plan_of(module).names_for(given),
             held=named_tensors(module),
             state_dict=state_dict,
             prefix=prefix,
@@ -123,12 +119,12 @@ def _rename_as_in_memory(model: PreTrainedModel, state_dict: dict[str, Any], pre
 
     ``save_pretrained`` writes names on disk, and Trainer hands what is on disk to ``load_state_dict`` as it is.
     """
-    plan = names_of(model).plan
+    plan = plan_of(model).relation
     known = plan.sources.keys() | plan.targets.keys()
     given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     if not (unknown := given - known):
         return
-    for name, new in names_in_memory(model, unknown).items():
+    for name, new in Renaming(model).changed(unknown).items():
         if new in known and prefix + new not in state_dict:
             state_dict[prefix + new] = state_dict.pop(prefix + name)
 

@@ -11,31 +11,25 @@ that no element ever has two names. A tensor that is the same on both sides need
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache, reduce
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import nn
 
 from tepatch.errors import PlanError, Problem, UnsupportedError
-from tepatch.hf.config import fields_for
-from tepatch.hf.model import EXTRA_STATE, build_on_meta, target_specs
+from tepatch.hf.model import EXTRA_STATE
 from tepatch.mapping.names import fold
-from tepatch.planning import Spec, make_export_plan
 from tepatch.planning.bind import IDENTITY
-from tepatch.planning.plan import Copy, Plan
+from tepatch.planning.groups import Group, Names
+from tepatch.planning.plan import Plan
 from tepatch.te.nvidia.quantized import is_quantized
 from tepatch.transfer.steps import put
 from tepatch.views import Pair, source_strides
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 own_names: ContextVar[bool] = ContextVar("own_names", default=False)
 """Whether state dicts are given and taken in the parameters' own names."""
@@ -96,136 +90,6 @@ def gives_own_names() -> bool:
 
 def _module_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sources and parameters that share elements with each other and with nothing else.
-
-    Without sources it is one parameter that is a constant.
-    """
-
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    copies: tuple[Copy, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """What of a plan has to be translated."""
-
-    plan: Plan
-    groups: tuple[Group, ...]
-    ours: frozenset[str]
-    """Names in groups that only parameters have."""
-    theirs: frozenset[str]
-    """Names in groups that only tensors of the checkpoint have."""
-
-
-def names_of(module: nn.Module) -> Names:
-    """The names of a patched model, which carries its report as ``module.tepatch``."""
-    return names_in(plan_of(module))
-
-
-def memory_names_of(module: nn.Module) -> Names:
-    """The names of a patched model, with the stock model's parameters in the place of the checkpoint's tensors.
-
-    The same as ``names_of`` where transformers converts no names between the two, or the mapping does not know them.
-    """
-    if module not in _in_memory:
-        _in_memory[module] = _memory_names(module)
-    return _in_memory[module]
-
-
-_in_memory: WeakKeyDictionary[nn.Module, Names] = WeakKeyDictionary()
-
-
-def _memory_names(module: nn.Module) -> Names:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    names, model, report = names_of(module), cast("PreTrainedModel", module), cast("Any", module).tepatch
-    if not get_model_conversion_mapping(model, add_legacy=False):
-        return names
-    # A model that was wrapped or sharded may be of a class that was made of its own.
-    cls = next(each for each in type(model).__mro__ if each.__name__ == report.model_class)
-    stock, _ = build_on_meta(cls, model.config, dtype=torch.float32)
-    specs, _ = target_specs(stock, None)
-    entries = names.plan.targets
-    try:
-        plan = make_export_plan(
-            report.rules,
-            config=fields_for(report, model.config),
-            targets={name: Spec(each.shape, each.dtype) for name, each in entries.items() if each.state != "tied"},
-            ties={name: each.tied_to for name, each in entries.items() if each.state == "tied"},
-            like=specs,
-            patch=report.patch,
-            location=report.plan.location,
-        )
-    except PlanError:  # the config has been changed since: what is saved now is for whoever saves
-        return names
-    return names_in(plan) if plan.sources.keys() == specs.keys() else names
-
-
-def names_for(module: nn.Module, given: Set[str]) -> Names:
-    """The names by which a patched model is to understand a dict of tensors with the names ``given``.
-
-    Those of its plan, unless there are some that it does not know, and more of them are another layout's.
-    """
-    names = names_of(module)
-    if not given - names.ours - names.theirs - names.plan.sources.keys() - names.plan.targets.keys():
-        return names
-    report: Any = module.tepatch
-    candidates = [names, *map(names_in, report.others())]
-    return max(candidates, key=lambda each: len(given & each.theirs))  # the first of equals
-
-
-def names_in(plan: Plan) -> Names:
-    """What of a plan has to be translated."""
-    by_source: dict[str, list[Copy]] = {}
-    by_target: dict[str, list[Copy]] = {}
-    for copy in plan.copies:
-        by_source.setdefault(copy.source, []).append(copy)
-        by_target.setdefault(copy.target, []).append(copy)
-    groups: list[Group] = []
-    grouped = set[str]()
-    for name, entry in plan.targets.items():
-        if entry.state == "tied" or name in grouped:
-            continue
-        sources, targets, todo = dict[str, None](), {name: None}, [name]
-        while todo:
-            for copy in by_target.get(todo.pop(), ()):
-                if copy.source in sources:
-                    continue
-                sources[copy.source] = None
-                for each in by_source[copy.source]:
-                    if each.target not in targets:
-                        targets[each.target] = None
-                        todo.append(each.target)
-        grouped.update(targets)
-        copies = tuple(copy for target in targets for copy in by_target.get(target, ()))
-        if sources.keys() != targets.keys() or not all(is_whole(plan, copy) for copy in copies):
-            groups.append(Group(tuple(sources), tuple(targets), copies))
-    ours = frozenset(name for group in groups for name in group.targets if name not in by_source)
-    theirs = frozenset(name for group in groups for name in group.sources if name not in plan.targets)
-    return Names(plan, tuple(groups), ours, theirs)
-
-
-def plan_of(module: nn.Module) -> Plan:
-    """The plan by which a patched model was loaded."""
-    report: Any = module.tepatch
-    plan: Plan = report.plan
-    return plan
-
-
-def is_whole(plan: Plan, copy: Copy) -> bool:
-    """Whether source and parameter are the same tensor, element by element."""
-    pair = copy.pair
-    return (
-        copy.affine == IDENTITY
-        and plan.sources[copy.source].shape == plan.targets[copy.target].shape
-        and pair.source_strides == pair.target_strides == (1,)
-        and pair.source_offset == pair.target_offset == 0
-    )
 
 
 def is_extra_state(key: str, prefix: str) -> bool:

@@ -27,6 +27,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from tepatch.errors import PlanError, Problem, UnsupportedError
+from tepatch.report import Report
 from tepatch.te.nvidia.precision import (
     Precision,
     Request,
@@ -123,7 +124,7 @@ def set_precision(model: nn.Module, precision: Any, *, cache_weights: bool = Tru
     (this GPU or the reference backend can't) or ``UnsupportedError``; the model is then as it was.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    loaded = [module for module in modules if dataclasses.is_dataclass(module.__dict__.get("tepatch"))]
+    loaded = [module for module in modules if isinstance(module.__dict__.get("tepatch"), Report)]
     if len(loaded) != 1:
         raise PlanError(
             Problem(
@@ -137,7 +138,7 @@ def set_precision(model: nn.Module, precision: Any, *, cache_weights: bool = Tru
     for module in model.modules():
         if hasattr(module, "caches_weights"):
             module.caches_weights = cache_weights  # type: ignore[assignment]
-    report: Any = loaded[0].__dict__["tepatch"]
+    report: Report = loaded[0].__dict__["tepatch"]
     loaded[0].__dict__["tepatch"] = dataclasses.replace(report, precision=text)
 
 

@@ -17,8 +17,7 @@ from tepatch.errors import PluginError, Problem
 from tepatch.mapping.read import read_mapping
 from tepatch.patch import Patch
 from tepatch.plugins import PluginHost, default_host
-from tepatch.proven import installed, read_record, record_path, write_record
-from tepatch.report import installed_versions
+from tepatch.proven import installed, installed_versions, read_record, record_path, write_record
 from tepatch.testing import parity, proofs
 from tepatch.testing.cases import Bench, Case, named, traits
 from tepatch.testing.mutations import mutations

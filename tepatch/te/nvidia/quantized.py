@@ -25,6 +25,28 @@ WEIGHTS = (PLAIN, QUANTIZED)
 """How a model may hold the weights of its matrix products."""
 
 
+def quantized_weights(model: nn.Module, weights: str, *, keep_initial: bool) -> QuantizedWeights | None:
+    """What a caller's ``weights`` and ``keep_initial`` mean for ``model``; None for plain ones.
+
+    Raises ``PlanError`` for what they can not mean.
+    """
+    if weights not in WEIGHTS:
+        raise PlanError(
+            Problem(where="weights", what="can not be held so", expected=" or ".join(WEIGHTS), found=repr(weights))
+        )
+    if weights == QUANTIZED:
+        return QuantizedWeights(model, keeps_initial=keep_initial)
+    if keep_initial:
+        raise PlanError(
+            Problem(
+                where="keep_initial",
+                what="there are other numbers to keep only where weights are held quantized",
+                fix="pass weights='quantized' and a precision with it, or leave it out",
+            )
+        )
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Weight:
     module: Any

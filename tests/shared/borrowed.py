@@ -297,7 +297,7 @@ _TRANSFORMERS = (
         "transformers",
         "_no_split_modules",
         "names of the classes that stay on one device: a model's layers",
-        ("tepatch.hf.placement",),
+        ("tepatch.hf.placement", "tepatch.hf.current_gpu"),
     ),
     Borrowed(
         "transformers",
@@ -477,7 +477,7 @@ _TRANSFORMERS = (
         "transformers",
         "get_model_conversion_mapping",
         "what transformers makes of a checkpoint's names and tensors when it loads a model",
-        ("tepatch.hf.translate", "tepatch.hf.names"),
+        ("tepatch.hf.names",),
     ),
     Borrowed(
         "transformers",
@@ -508,7 +508,7 @@ _TRANSFORMERS = (
         "transformers",
         "position_embeddings",
         "the keyword by which models give cos and sin, a pair of tensors, to every layer",
-        ("tepatch.hf.placement", "tepatch.te.decoder"),
+        ("tepatch.hf.current_gpu", "tepatch.te.decoder"),
     ),
 )
 
@@ -517,9 +517,9 @@ _ACCELERATE = (
         "accelerate",
         "_hf_hook",
         "where accelerate keeps the hook of a module, which knows the weights that are away",
-        ("tepatch.hf.placement",),
+        ("tepatch.hf.offloaded",),
     ),
-    Borrowed("accelerate", "hooks", "the hooks in a sequence of some", ("tepatch.hf.placement",)),
+    Borrowed("accelerate", "hooks", "the hooks in a sequence of some", ("tepatch.hf.offloaded",)),
     Borrowed(
         "accelerate",
         "accelerate.utils.transformer_engine",
@@ -536,22 +536,22 @@ _ACCELERATE = (
         "accelerate",
         "weights_map",
         "from which a hook takes the parameters of its module, by their names there",
-        ("tepatch.hf.placement",),
+        ("tepatch.hf.offloaded",),
     ),
-    Borrowed("accelerate", "offload", "whether it takes them from there at all", ("tepatch.hf.placement",)),
-    Borrowed("accelerate", "execution_device", "where it brings them", ("tepatch.hf.placement",)),
+    Borrowed("accelerate", "offload", "whether it takes them from there at all", ("tepatch.hf.offloaded",)),
+    Borrowed("accelerate", "execution_device", "where it brings them", ("tepatch.hf.current_gpu",)),
     Borrowed(
         "accelerate",
         "prefix",
         "what a map of one module's weights puts before a name, to look it up in the map of all",
-        ("tepatch.hf.placement",),
+        ("tepatch.hf.offloaded",),
     ),
-    Borrowed("accelerate", "dataset", "the map of all", ("tepatch.hf.placement",)),
+    Borrowed("accelerate", "dataset", "the map of all", ("tepatch.hf.offloaded",)),
     Borrowed(
         "accelerate",
         "all_keys",
         "the names in it, without reading a tensor from the disk",
-        ("tepatch.hf.placement",),
+        ("tepatch.hf.offloaded",),
     ),
     Borrowed(
         "accelerate",
