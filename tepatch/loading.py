@@ -20,8 +20,6 @@ from tepatch.errors import BackendError, PlanError, Problem
 from tepatch.hf.config import AutoClass, unknown_architectures
 from tepatch.hf.current_gpu import follow_weights
 from tepatch.hf.digests import promised
-from tepatch.hf.fresh import FreshWeights
-from tepatch.hf.heads import Completed
 from tepatch.hf.model import add_hooks, check_outputs, finish_loading, install, set_generation_config
 from tepatch.hf.model_plan import ATTRIBUTE
 from tepatch.hf.names import keep_renamings
@@ -334,8 +332,8 @@ def _execute(
             )
         )
     check_mesh(job.model, target)
-    if isinstance(job.checkpoint, FreshWeights | Completed):
-        job.checkpoint.device = target
+    if job.fresh is not None:
+        job.fresh.device = target
     to = Destination(
         device=target,
         allocate=None if placement is None else placement.allocate,
@@ -359,7 +357,7 @@ def _execute(
     if quantized is not None:
         quantized.attach_initial(job.model)
     installed = time.perf_counter() - started
-    if not isinstance(job.checkpoint, FreshWeights):
+    if job.checkpoint is not job.fresh:
         keep_renamings(job.model, job.relation.sources)
     setattr(job.model, ATTRIBUTE, job.plan)
     job.model.tepatch = Report(  # type: ignore[assignment]
@@ -373,9 +371,7 @@ def _execute(
         precision=precision,
         plan=job.plan.relation,
         layout=job.layout,
-        config_folder=None
-        if isinstance(job.checkpoint, FreshWeights)
-        else str(job.checkpoint.config_folder.absolute()),
+        config_folder=None if job.checkpoint is job.fresh else str(job.checkpoint.config_folder.absolute()),
         bytes_read=timing.bytes_read,
         seconds={**job.seconds, "load": timing.seconds, **timing.stages, "install": installed},
         notes=(

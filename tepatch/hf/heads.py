@@ -44,15 +44,6 @@ class Completed:
         self._names = names
 
     @property
-    def device(self) -> torch.device:
-        """Where fresh tensors are made; to be set before the first is read."""
-        return self._fresh.device
-
-    @device.setter
-    def device(self, device: torch.device) -> None:
-        self._fresh.device = device
-
-    @property
     def location(self) -> str:
         return self._checkpoint.location
 

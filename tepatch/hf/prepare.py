@@ -58,6 +58,8 @@ class Prepared:
     modules: Modules
     checkpoint: Checkpoint
     """What is read: the checkpoint, perhaps completed by fresh tensors, or fresh weights alone."""
+    fresh: FreshWeights | None
+    """What makes the fresh tensors, if there may be any."""
     relation: Plan
     """The original checkpoint and the parameters, as ``plan.relation``, in the names of the checkpoint."""
     reading: Plan
@@ -100,8 +102,9 @@ def prepare(
     with blamed("config.json", "no class of a model can be found by this config"):
         cls = model_class(config, auto_class, stated="" if manifest is None else manifest.model_class)
     started = time.perf_counter()
-    if checkpoint is None:
-        checkpoint = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
+    made = None
+    if checkpoint is None or fresh or drop:
+        made = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
     with use_backend(backend) as modules:
         model, replaced = build_on_meta(
             cls, config, dtype=wanted, replacements=patch.replacements(), ignores=patch.ignores
@@ -113,9 +116,11 @@ def prepare(
         checkpoint = without_prefix(locator, rules, checkpoint)
     dropped: list[str] = []
     notes: tuple[str, ...] = ()
-    if fresh or drop:
-        stock = FreshWeights(build_on_meta(cls, config, dtype=wanted)[0], dtype=wanted)
-        checkpoint, dropped, notes = completed(locator, rules, checkpoint, stock, fresh, drop)
+    if checkpoint is None:
+        assert made is not None
+        checkpoint = made
+    elif made is not None:
+        checkpoint, dropped, notes = completed(locator, rules, checkpoint, made, fresh, drop)
     fitting = Fitting(
         patch=patch,
         rules=rules,
@@ -153,6 +158,7 @@ def prepare(
         ),
         modules=modules,
         checkpoint=checkpoint,
+        fresh=made,
         relation=relation,
         reading=fit.reading,
         layout=fit.layout,
