@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_imports_between_rooms_go_one_way(pytestconfig: pytest.Config) -> None:
                 other = name.split(".")[1]
                 assert other in ORDER, f"{path.name} of {room} imports {name}, by the way of an entrance"
                 assert ORDER.index(other) <= ORDER.index(room), f"{path.name} of {room} imports {name}"
+
+
+def test_the_map_of_rooms_is_the_tree(pytestconfig: pytest.Config) -> None:
+    text = (pytestconfig.rootpath / "docs/explanation/design.md").read_text(encoding="utf-8")
+    lines = text.partition("    tepatch/\n")[2].partition("    plugins/\n")[0].splitlines()
+    inside = [match[1] for line in lines if (match := re.match(r" {8}([a-z_]+)/  ", line))]
+    rooms = [match[1] for line in lines if (match := re.match(r" {6}([a-z_]+(?:/?, [a-z_]+)*)/?  ", line))]
+    named = [name.rstrip("/") for room in rooms for name in room.split(", ")]
+    root = pytestconfig.rootpath / "tepatch"
+    assert sorted(named) == sorted({_room(path, root) for path in root.rglob("*.py")} - ENTRANCES)
+    assert sorted(inside) == sorted(path.parent.name for path in (root / "te").glob("*/__init__.py"))
 
 
 def test_the_core_names_no_architecture(pytestconfig: pytest.Config) -> None:
