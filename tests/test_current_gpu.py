@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tepatch.hf import placement
+from tepatch.hf import current_gpu
 
 MINE = threading.local()
 
@@ -20,7 +20,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: MINE.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(MINE, "device", device))
-    monkeypatch.setattr(placement, "_gpu_of", lambda layer: layer.gpu)
+    monkeypatch.setattr(current_gpu, "_gpu_of", lambda layer: layer.gpu)
 
 
 class Layer(nn.Module):
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 def model_of(*layers: Layer) -> Any:
     model = nn.Sequential(*layers)
     model._no_split_modules = ["Layer"]  # type: ignore[assignment]
-    placement.launch_where_weights_are(model)  # type: ignore[arg-type]
+    current_gpu.follow_weights(model)  # type: ignore[arg-type]
     return model
 
 

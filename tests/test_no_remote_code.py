@@ -251,6 +251,8 @@ REVIEWED = {
     ("scripts/run_docs.py", "exec"): "runs the blocks of the project's own pages",
     ("scripts/run_docs.py", "compile"): "the same",
     ("scripts/run_docs.py", "importlib.import_module"): "names that stand there",
+    ("scripts/mutants.py", "importlib.import_module"): "names that stand there",
+    ("scripts/mutants.py", "compile"): "the project's own code, with a line changed",
     ("tepatch/__init__.py", "importlib.import_module"): "names of a table beside it",
     ("tepatch/cli/diagnosing.py", "importlib.import_module"): "two names that stand there",
     ("tepatch/patch.py", "importlib.import_module"): "names that a plugin's Patch gives",

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,7 @@ def test_wherever_interrupts_come_nothing_is_left(seed: int, sample: Make, monke
             time.sleep(seconds)
             signal.pthread_kill(main, signal.SIGINT)
 
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's own would be interrupted too
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
     before = signal.signal(signal.SIGINT, handle)
