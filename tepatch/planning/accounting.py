@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from tepatch.dtypes import is_convertible
 from tepatch.errors import PlanError, Problem
 from tepatch.mapping import rules
 from tepatch.mapping.names import NameTemplate
@@ -24,7 +25,6 @@ from tepatch.planning.plan import (
     Spec,
     TargetEntry,
     TensorSpec,
-    is_convertible,
 )
 from tepatch.planning.problems import Missing
 from tepatch.views import Pair, contiguous, pair, tiling_error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
 
+from tepatch.dtypes import is_convertible
 from tepatch.errors import PlanError, Problem
 from tepatch.mapping.names import fold
 from tepatch.planning.bind import IDENTITY
-from tepatch.planning.plan import Copy, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec, is_convertible
+from tepatch.planning.plan import Copy, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec
 from tepatch.views import contiguous, pair
 
 

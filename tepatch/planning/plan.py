@@ -21,15 +21,10 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple, Protocol
 
+from tepatch.dtypes import is_exact, item_size
 from tepatch.errors import visible
 from tepatch.planning.bind import IDENTITY, Affine
 from tepatch.views import Pair, contiguous, pair
-
-_WIDE = {8: ("C64", "F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("BF16", "F16", "I16", "U16")}
-ITEM_SIZE = {code: size for size, codes in _WIDE.items() for code in codes}
-"""Bytes of one element, by code; those of all others are one byte."""
-# Bits of significand and of exponent: a conversion that loses neither comes back bit for bit.
-_PRECISION = {"F64": (53, 11), "F32": (24, 8), "BF16": (8, 8), "F16": (11, 5)}
 
 
 class TensorSpec(Protocol):
@@ -322,23 +317,8 @@ class Plan:
         return visible(show_plan(self))
 
 
-def is_convertible(source_dtype: str, target_dtype: str) -> bool:
-    """Whether a cast keeps the meaning: between floats it does, from packed or whole numbers to floats not."""
-    return source_dtype == target_dtype or {source_dtype, target_dtype} <= _PRECISION.keys()
-
-
-def is_exact(source_dtype: str, target_dtype: str) -> bool:
-    """Whether every value of ``source_dtype`` comes back bit for bit through ``target_dtype``."""
-    if source_dtype == target_dtype:
-        return True
-    if source_dtype not in _PRECISION or target_dtype not in _PRECISION:
-        return False
-    source, target = _PRECISION[source_dtype], _PRECISION[target_dtype]
-    return source[0] <= target[0] and source[1] <= target[1]
-
-
 def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    return prod(shape) * ITEM_SIZE.get(dtype, 1)
+    return prod(shape) * item_size(dtype)
 
 
 def _layout_json(layout: Pair) -> dict[str, Any]:
