@@ -39,8 +39,8 @@ from tepatch.mapping.relocate import Spelling, below, find_base, joined, move_ba
 from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
 from tepatch.planning import Plan, make_export_plan, make_plan
-from tepatch.planning.accounting import count_problems, requirement_problems
 from tepatch.planning.identity import make_native_plan
+from tepatch.planning.requirements import count_problems, requirement_problems
 from tepatch.plugins import PluginHost, default_host
 from tepatch.te import BackendName, Modules, use_backend
 

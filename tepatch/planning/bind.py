@@ -175,8 +175,8 @@ class Binder(Values):
                     constant(narrow(view, dim, real, total - real), node.pad.value)
                     view = narrow(view, dim, 0, real)
             affine = affine.after(self._affine(node, env))
-            for axes in node.axes:
-                view = self._rearrange(axes, view, env)
+            if node.axes is not None:
+                view = self._rearrange(node.axes, view, env)
             match node:
                 case rules.Leaf(source=source, take=take):
                     shape, offset = self._source_shape(view.shape, take, env)
@@ -218,17 +218,11 @@ class Binder(Values):
             raise BindError(Problem(where=node.where, what="a scale of 0 has no inverse"))
         return Affine(*values)
 
-    def _rearrange(self, axes: Axes | rules.Transpose | rules.RopePermute, view: View, env: Env) -> View:
+    def _rearrange(self, axes: Axes | rules.Transpose, view: View, env: Env) -> View:
         if isinstance(axes, rules.Transpose):
             if len(view.dims) < 2:
                 raise LayoutError("transpose needs two dimensions")
             return View(view.offset, (*view.dims[:-2], view.dims[-1], view.dims[-2]))
-        if isinstance(axes, rules.RopePermute):
-            heads, rows = self.size(axes.heads, env), view.shape[_dim(view, 0)]
-            if heads == 0 or rows % (2 * heads):
-                raise LayoutError(f"{rows} rows are not pairs of {heads} heads")
-            h, two, half = split_dim(view.dims[0], (heads, 2, rows // (2 * heads)))
-            return View(view.offset, ((*h, *half, *two), *view.dims[1:]))
         scope = Scope(self, env)
         sizes: dict[str, int] = {}
         for name in sorted(axes.names() & self.mapping.sizes.keys()):

@@ -10,7 +10,7 @@ import torch
 
 from tepatch.hf.config import ConfigFields
 from tepatch.mapping.read import read_mapping
-from tepatch.planning.accounting import requirement_problems
+from tepatch.planning.requirements import requirement_problems
 from tepatch.testing.cases import Bench, changed, rope_tables
 from tepatch.testing.parity import judge, numbers
 from tepatch.testing.results import Broken, Finding, NotApplicable

@@ -24,7 +24,7 @@ ignore:
   - old.{layer}: no longer needed
 parameters:
   embed: {of: embed, pad: {size: 5, value: 1}}
-  head: {tie: embed}
+  head: same
   zero: {create: 0}
   layers.{layer}:
     norm: {same: true, scale: 3, offset: 1}
