@@ -39,7 +39,7 @@ from tepatch.mapping.relocate import Spelling, below, find_base, joined, move_ba
 from tepatch.mapping.rules import is_below, source_names
 from tepatch.patch import Patch
 from tepatch.planning import Plan, make_export_plan, make_plan
-from tepatch.planning.identity import make_native_plan
+from tepatch.planning.identity import make_identity_plan
 from tepatch.planning.requirements import count_problems, requirement_problems
 from tepatch.plugins import PluginHost, default_host
 from tepatch.te import BackendName, Modules, use_backend
@@ -111,7 +111,11 @@ def settle(
     problems = requirement_problems(rules, fields)
     if checkpoint is not None and not fresh and not problems:
         problems = count_problems(
-            rules, fields, len(checkpoint.tensors), is_native=checkpoint.manifest is not None, where=checkpoint.location
+            rules,
+            fields,
+            len(checkpoint.tensors),
+            is_converted=checkpoint.manifest is not None,
+            where=checkpoint.location,
         )
         if problems:
             raise PlanError(problems, heading=f"{rules.name} does not fit {checkpoint.location}")
@@ -353,7 +357,7 @@ class _Planner:
         if self.checkpoint.manifest is not None:
             relation = self._relation_of(self.checkpoint.manifest)
             where = str(self.checkpoint.config_folder / MANIFEST)
-            native = make_native_plan(
+            native = make_identity_plan(
                 relation, self.checkpoint.tensors, location=self.checkpoint.location, where=where, notes=self._notes()
             )
             return relation, native, NATIVE

@@ -114,7 +114,7 @@ class AppliedRules:
         except BindError as error:
             self._tell(error.problem)
             self.unsettled.add(index)
-        sources = dict.fromkeys(piece.source.text for template in templates.values() for piece in template.pieces)
+        sources = dict.fromkeys(piece.source.text for template in templates.values() for piece in template.sources)
         return RuleEntry(rule.where, rule.target.text, "used" if applies else "off", count, tuple(sources))
 
     def _is_outside(self, target: str) -> bool:
@@ -164,11 +164,11 @@ class AppliedRules:
         # The entry stands even if the rule does not fit: one problem, not also "no rule fills it".
         self.target_entries[target] = TargetEntry(tuple(spec.shape), spec.dtype, "filled", index)
         template, names = self._best_alternative(node, env, tuple(spec.shape))
-        if not template.pieces:
+        if not template.sources:
             self.target_entries[target] = TargetEntry(tuple(spec.shape), spec.dtype, "created", index)
         for fill in template.fills:
             self.fills.append(Fill(target, fill.pair, fill.value, index))
-        for piece, name in zip(template.pieces, names, strict=True):
+        for piece, name in zip(template.sources, names, strict=True):
             self.copies.append(Copy(name, target, piece.pair, piece.affine, index))
             shape, first = self.shapes.setdefault(name, (piece.shape, index))
             if shape != piece.shape:
@@ -182,7 +182,7 @@ class AppliedRules:
                 )
             captures = (*env.items(), *piece.extra)
             if self._check_source(
-                index, Missing(name, target, captures, len(template.pieces)), piece.shape, spec.dtype
+                index, Missing(name, target, captures, len(template.sources)), piece.shape, spec.dtype
             ):
                 self.present.update(captures)
         return template
@@ -192,8 +192,8 @@ class AppliedRules:
         found: list[tuple[int, Template, list[str]]] = []
         for choice in self.binder.expand(node):
             template = self.binder.template(choice, shape, env)
-            self.binder.spend(len(template.pieces), choice.where)
-            names = [self.binder.name(p.source, env | dict(p.extra), p.where) for p in template.pieces]
+            self.binder.spend(len(template.sources), choice.where)
+            names = [self.binder.name(p.source, env | dict(p.extra), p.where) for p in template.sources]
             found.append((sum(name not in self.sources for name in names), template, names))
             if found[-1][0] == 0:
                 break

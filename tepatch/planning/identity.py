@@ -12,7 +12,7 @@ from tepatch.planning.plan import Copy, Plan, RuleEntry, SourceEntry, TargetEntr
 from tepatch.views import contiguous, pair
 
 
-def make_native_plan(
+def make_identity_plan(
     relation: Plan, tensors: MappingABC[str, TensorSpec], *, location: str, where: str, notes: tuple[str, ...] = ()
 ) -> Plan:
     """Read every parameter of ``relation`` from the tensor of the same name.

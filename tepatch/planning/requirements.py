@@ -38,12 +38,12 @@ def requirement_problems(mapping: Mapping, config: MappingABC[str, Any]) -> list
 
 
 def count_problems(
-    mapping: Mapping, config: MappingABC[str, Any], num_tensors: int, *, is_native: bool, where: str
+    mapping: Mapping, config: MappingABC[str, Any], num_tensors: int, *, is_converted: bool, where: str
 ) -> list[Problem]:
     """Captures with more values than a checkpoint of ``num_tensors`` has tensors for, found before a model is built.
 
-    Where every name of a rule has the capture in it, each of its values needs a tensor of its own. ``is_native``: the
-    checkpoint has the parameters' names, and not those of their sources.
+    Where every name of a rule has the capture in it, each of its values needs a tensor of its own. ``is_converted``:
+    the checkpoint has the parameters' names, and not those of their sources.
     """
     binder, out = Binder(mapping, config), dict[str, Problem]()
     for rule in mapping.rules:
@@ -54,7 +54,7 @@ def count_problems(
                 continue
         except BindError:
             continue  # told with everything else that does not fit
-        names = [rule.target] if is_native else list(rules.leaves(node))
+        names = [rule.target] if is_converted else list(rules.leaves(node))
         for name in large:
             if names and all(name in each.captures for each in names):
                 count = mapping.captures[name]
