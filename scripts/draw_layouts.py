@@ -57,13 +57,11 @@ class Picture:
     panels: tuple[Panel, ...]
     config: dict[str, Any] = field(default_factory=dict)
     captures: str = ""
-    ties: dict[str, str] = field(default_factory=dict)
     cell: int = 38
     """Width of a cell."""
     brackets: tuple[tuple[int, int, str], ...] = ()
     """Rows of the first target that belong together: first, how many, and what they are."""
     note: str = ""
-    show_dtypes: bool = False
     shade: Callable[[int], int] | None = None
     """The colour of an element of the only source, by its position; by default each source has one colour."""
 
@@ -131,14 +129,6 @@ PICTURES = (
         shade=lambda position: position // 4,
     ),
     Picture(
-        name="rope_permute",
-        rules="q.weight: {of: wq.weight, rope_permute: 2}",
-        targets={"q.weight": (8, 4)},
-        panels=(panel(wq__weight=("q", (8, 4))),),
-        brackets=((0, 4, "head 0"), (4, 4, "head 1")),
-        shade=lambda position: position // 4 % 2,
-    ),
-    Picture(
         name="take",
         rules=(
             "q.weight:  {of: qkv.weight, take: {start: 0, size: 4, out_of: 8}}\n"
@@ -165,14 +155,6 @@ PICTURES = (
         note="created elements are left out when saving",
     ),
     Picture(
-        name="tie",
-        rules="embed_tokens.weight: same\nlm_head.weight: {tie: embed_tokens.weight}",
-        targets={"embed_tokens.weight": (3, 4)},
-        ties={"lm_head.weight": "embed_tokens.weight"},
-        panels=(panel(embed_tokens__weight=("e", (3, 4))),),
-        note="lm_head.weight is the same parameter, without memory of its own",
-    ),
-    Picture(
         name="offset",
         rules="layernorm_weight: {of: norm.weight, offset: 1}",
         targets={"layernorm_weight": (4,)},
@@ -187,13 +169,6 @@ PICTURES = (
         panels=(panel(norm__weight=("n", (4,))),),
         cell=54,
         note="saving divides",
-    ),
-    Picture(
-        name="cast",
-        rules="router.weight: {of: gate.weight, cast: float32}",
-        targets={"router.weight": (2, 4)},
-        panels=(panel(gate__weight=("g", (2, 4))),),
-        show_dtypes=True,
     ),
     Picture(
         name="pad",
@@ -224,7 +199,6 @@ def plan_of(picture: Picture, shown: Panel) -> Plan:
         config=picture.config,
         sources={name: Spec(shape, "BF16") for name, (_, shape) in shown.sources.items()},
         targets={name: Spec(shape, "BF16") for name, shape in picture.targets.items()},
-        ties=picture.ties,
     )
 
 
@@ -285,7 +259,6 @@ def draw(picture: Picture) -> str:
 def draw_panel(picture: Picture, shown: Panel, top: int) -> tuple[list[str], int]:
     """Sources on the left, targets on the right, and where the panel ends."""
     plan = plan_of(picture, shown)
-    dtypes = {name: f" {entry.dtype}" if picture.show_dtypes else "" for name, entry in plan.sources.items()}
     names = list(shown.sources)
 
     def colour(source: str, position: int) -> int:
@@ -294,11 +267,10 @@ def draw_panel(picture: Picture, shown: Panel, top: int) -> tuple[list[str], int
     left: list[tuple[str, Shape, Cells]] = []
     for name, (letter, shape) in shown.sources.items():
         cells = {position: (f"{letter}{position}", colour(name, position)) for position in range(prod(shape))}
-        left.append((f"{name} {list(shape)}{dtypes[name]}", shape, cells))
+        left.append((f"{name} {list(shape)}", shape, cells))
     right: list[tuple[str, Shape, Cells]] = []
     for name, shape in picture.targets.items():
-        dtype = f" {plan.targets[name].dtype}" if picture.show_dtypes else ""
-        right.append((f"{name} {list(shape)}{dtype}", shape, target_cells(plan, shown, name, colour)))
+        right.append((f"{name} {list(shape)}", shape, target_cells(plan, shown, name, colour)))
     heights = [sum(height(shape) + LABEL + GAP for _, shape, _ in side) - GAP for side in (left, right)]
     out: list[str] = []
     if shown.heading:

@@ -24,7 +24,7 @@ from tepatch.checkpoint.folder import FolderCheckpoint
 from tepatch.checkpoint.listing import parse_json
 from tepatch.checkpoint.manifest import MANIFEST, STEM, Manifest, Original, printable
 from tepatch.checkpoint.staging import Staging
-from tepatch.dtypes import dtype_code, torch_dtype
+from tepatch.dtypes import dtype_code, is_convertible, torch_dtype
 from tepatch.errors import CheckpointError, PlanError, Problem, visible
 from tepatch.hf.config import AutoClass
 from tepatch.hf.digests import Promised, held, promised
@@ -32,7 +32,6 @@ from tepatch.hf.fit import NATIVE, ORIGINAL
 from tepatch.hf.prepare import AUTO, Prepared, Source, opened, parameter_dtype, prepare
 from tepatch.patch import Patch
 from tepatch.planning import Plan
-from tepatch.planning.plan import is_convertible
 from tepatch.plugins import PluginHost, default_host
 from tepatch.transfer.reader import Parameters, Tensors, on_cpu_by_default
 from tepatch.transfer.steps import check_constants, check_copies

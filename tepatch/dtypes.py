@@ -32,10 +32,15 @@ _TABLE = {
     "F64": ("float64", 8),
     "C64": ("complex64", 8),
 }
+# Bits of significand and of exponent: a conversion that loses neither comes back bit for bit.
+_PRECISION = {"F64": (53, 11), "F32": (24, 8), "BF16": (8, 8), "F16": (11, 5)}
 _CODES = {torch_name: code for code, (torch_name, _) in _TABLE.items()}
 
 ITEM_SIZES = {code: size for code, (_, size) in _TABLE.items()}
-"""Bytes of one element, by code."""
+"""Bytes of one element, by code: the codes that tepatch can place."""
+
+FLOATS = tuple(sorted(_PRECISION, key=_PRECISION.__getitem__))
+"""Codes of the dtypes that convert to each other, by their precision: BF16, F16, F32, F64."""
 
 PACKED = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """Codes that the format knows, but whose elements are smaller than a byte: tepatch cannot place those."""
@@ -55,3 +60,27 @@ def torch_dtype(code: str) -> torch.dtype | None:
 def dtype_code(dtype: torch.dtype) -> str | None:
     """The safetensors code of a torch dtype; None when the format has none."""
     return _CODES.get(str(dtype).removeprefix("torch."))
+
+
+def item_size(code: str) -> int:
+    """Bytes of one element; of a code that is not in ``ITEM_SIZES``, one."""
+    return ITEM_SIZES.get(code, 1)
+
+
+def significand_bits(code: str) -> int:
+    """Bits of the significand of one of ``FLOATS``, with the one that is not stored: rounding errs by 2**-bits."""
+    return _PRECISION[code][0]
+
+
+def is_convertible(source: str, target: str) -> bool:
+    """Whether a cast keeps the meaning: between floats it does, from packed or whole numbers to floats not."""
+    return source == target or {source, target} <= _PRECISION.keys()
+
+
+def is_exact(source: str, target: str) -> bool:
+    """Whether every value of dtype ``source`` comes back bit for bit through dtype ``target``."""
+    if source == target:
+        return True
+    if not is_convertible(source, target):
+        return False
+    return all(has <= keeps for has, keeps in zip(_PRECISION[source], _PRECISION[target], strict=True))

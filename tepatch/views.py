@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import gcd, prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 Atom = tuple[int, int]
 """``(size, stride)``."""
 Dim = tuple[Atom, ...]
 """One dimension as its source sees it, outermost atom first."""
+StridedDim = TypeVar("StridedDim", bound=tuple[int, ...])
 
 MAX_CELLS = 1 << 24
 """The tiling proof gives up (with an error, never silently) beyond this many distinct cells."""
@@ -103,15 +104,28 @@ def split_dim(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...]:
     return tuple(reversed(out))
 
 
+def coalesce(dims: Iterable[StridedDim]) -> list[StridedDim]:
+    """Dimensions ``(size, stride)`` in as few as they have, outermost first; those of size 1 are left out.
+
+    Neighbours become one dimension where the outer goes on where the inner ends. With several strides each,
+    ``(size, stride, stride, ...)``, it has to be so for all of them. Nothing is sorted.
+
+    >>> coalesce([(4, 6), (1, 9), (2, 3), (3, 1)]), coalesce([(2, 3, 6), (3, 1, 1)])
+    ([(24, 1)], [(2, 3, 6), (3, 1, 1)])
+    """
+    out: list[tuple[int, ...]] = []
+    for size, *strides in dims:
+        if size == 1:
+            continue
+        if out and all(outer == size * inner for outer, inner in zip(out[-1][1:], strides, strict=True)):
+            size *= out.pop()[0]
+        out.append((size, *strides))
+    return cast("list[StridedDim]", out)
+
+
 def join_dims(dims: Iterable[Dim]) -> Dim:
     """One dimension of several, outermost first: what is contiguous becomes one atom, which any later cut may cut."""
-    out: list[Atom] = []
-    for size, stride in (atom for dim in dims for atom in dim if atom[0] != 1):
-        if out and out[-1][1] == size * stride:
-            out[-1] = (out[-1][0] * size, stride)
-        else:
-            out.append((size, stride))
-    return tuple(out) or ((1, 1),)
+    return tuple(coalesce(atom for dim in dims for atom in dim)) or ((1, 1),)
 
 
 def narrow_dim(dim: Dim, start: int, size: int) -> tuple[int, Dim]:
@@ -159,17 +173,7 @@ def pair(target: View, source_shape: Sequence[int], source_offset: int = 0) -> P
             refined.append((size, inner, target_stride))
             inner *= size
         atoms += reversed(refined)
-    merged: list[tuple[int, int, int]] = []
-    for size, source_stride, target_stride in atoms:
-        if size == 1:
-            continue
-        if merged:
-            outer_size, outer_source, outer_target = merged[-1]
-            if outer_source == size * source_stride and outer_target == size * target_stride:
-                merged[-1] = (outer_size * size, source_stride, target_stride)
-                continue
-        merged.append((size, source_stride, target_stride))
-    sizes, source_strides, target_strides = zip(*(merged or [(1, 1, 1)]), strict=True)
+    sizes, source_strides, target_strides = zip(*(coalesce(atoms) or [(1, 1, 1)]), strict=True)
     return Pair(sizes, source_strides, target_strides, source_offset, target.offset)
 
 
@@ -241,14 +245,8 @@ def tiling_error(views: Iterable[View], numel: int) -> str | None:
 
 def _normalized(view: View) -> tuple[int, list[Atom]]:
     """The set of positions a view touches: atoms sorted by stride, merged where they are contiguous."""
-    atoms = sorted((a for dim in view.dims for a in dim if a[0] != 1), key=lambda a: (-a[1], -a[0]))
-    merged: list[Atom] = []
-    for size, stride in atoms:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return view.offset, merged
+    atoms = (atom for dim in view.dims for atom in dim if atom[0] != 1)
+    return view.offset, coalesce(sorted(atoms, key=lambda atom: (-atom[1], -atom[0])))
 
 
 def _starts(offset: int, grid: Sequence[Atom]) -> Iterable[int]:

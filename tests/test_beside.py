@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tepatch
+from tepatch.checkpoint.beside import MAX_CONFIG_BYTES, stated_weights
 from tepatch.cli import app
 from tepatch.errors import CheckpointError
+from tepatch.hf.texts import MAX_BYTES, read_config_text
 from tepatch.verify import judge, verify
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -236,3 +238,15 @@ def test_every_file_travels_whole_or_is_told(tiny_llama: Make, save_checkpoint: 
         assert copied | told | known == there
     assert {"README.md", "LICENSE", "tokenizer.json"} <= set(os.listdir(tmp_path / "te"))
     assert not {"modules.json", "params.json", "model.onnx", "openvino_model.xml"} & set(os.listdir(tmp_path / "te"))
+
+
+def test_a_config_beyond_any_size_is_not_read(tmp_path: Path) -> None:
+    """Nor is it passed over: what reads the config itself refuses it."""
+    text = json.dumps({"transformers_weights": "other.safetensors"})
+    (tmp_path / "config.json").write_text(text)
+    assert stated_weights(tmp_path) == "other.safetensors"
+    (tmp_path / "config.json").write_text(text + " " * MAX_CONFIG_BYTES)
+    assert stated_weights(tmp_path) == ""
+    assert MAX_BYTES <= MAX_CONFIG_BYTES
+    with pytest.raises(CheckpointError, match="is larger than"):
+        read_config_text(tmp_path, "config.json")

@@ -146,10 +146,11 @@ def permuted(stock: Any, folder: Path, tmp_path: Path) -> Any:
             tensors[name] = tensors[name][order(heads, tensors[name].shape[0])].contiguous()
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "permuted.yaml").write_text(
-        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
-        "    self_attn.qkv.weight:\n      sizes: [q, kv, kv]\n      concat:\n"
-        "        - {of: self_attn.q_proj.weight, rope_permute: num_attention_heads}\n"
-        "        - {of: self_attn.k_proj.weight, rope_permute: num_key_value_heads}\n"
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\n"
+        "sizes: {h: num_attention_heads, g: num_key_value_heads}\n"
+        "parameters:\n  model.layers.{layer}:\n    self_attn.qkv.weight:\n      sizes: [q, kv, kv]\n      concat:\n"
+        "        - {of: self_attn.q_proj.weight, axes: (h r 2) i -> (h 2 r) i}\n"
+        "        - {of: self_attn.k_proj.weight, axes: (g r 2) i -> (g 2 r) i}\n"
         "        - self_attn.v_proj.weight\n"
     )
     model = tepatch.load("llama", changed, backend="reference", mapping=tmp_path / "permuted.yaml")
@@ -285,8 +286,8 @@ def test_a_part_that_lacks_something_is_an_error_by_the_stock_name(ours: Any, st
 
 def test_a_parameter_that_is_shown_in_part_stays_missing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "scaled.yaml").write_text(
-        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\nparameters:\n  model.layers.{layer}:\n"
-        "    self_attn.qkv.weight:\n      sizes: [q, kv, kv]\n      concat:\n"
+        "version: 1\nextends: tepatch_llama:llama.tepatch.yaml\n"
+        "parameters:\n  model.layers.{layer}:\n    self_attn.qkv.weight:\n      sizes: [q, kv, kv]\n      concat:\n"
         "        [self_attn.q_proj.weight, self_attn.k_proj.weight, {of: self_attn.v_proj.weight, scale: 2}]\n"
     )
     model = tepatch.load("llama", folder, backend="reference", mapping=tmp_path / "scaled.yaml")

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tepatch.dtypes import torch_dtype
+from tepatch.dtypes import is_exact, significand_bits, torch_dtype
 from tepatch.planning.bind import IDENTITY, Affine
-from tepatch.planning.plan import is_exact
 
 CHUNK = 1 << 22
 """Elements compared at a time: bounds the temporaries."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BITS = {"F64": 53, "F32": 24, "BF16": 8, "F16": 11}
 _FLOAT64_SLACK = 2.0**-50
 """For the float64 arithmetic of a scale and an offset: three operations and their inverses, each within 2**-53."""
 
@@ -58,9 +56,9 @@ class Operation:
         for source, target in self.roundings:
             if is_exact(source, target) and not self.affines:
                 continue
-            factor *= 1 + 2.0 ** -_BITS[target]
+            factor *= 1 + 2.0 ** -significand_bits(target)
             if (source == "F64" or self.affines) and target in ("BF16", "F16"):
-                factor *= 1 + 2.0 ** -_BITS["F32"]  # torch goes there by way of float32
+                factor *= 1 + 2.0 ** -significand_bits("F32")  # torch goes there by way of float32
         return factor - 1 + (_FLOAT64_SLACK if self.affines else 0.0)
 
     @property

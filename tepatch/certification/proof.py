@@ -34,12 +34,13 @@ from tepatch.certification.recheck import CheckResult, check_certificate
 from tepatch.certification.sides import Side, named_like, open_side
 from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.manifest import printable
+from tepatch.dtypes import is_convertible
 from tepatch.errors import CheckpointError, LoadError, PlanError, Problem, SaveError
 from tepatch.hf.config import AutoClass, read_config
 from tepatch.hf.prepare import AUTO
 from tepatch.mapping.names import fold
 from tepatch.planning.accounting import DROPPED
-from tepatch.planning.plan import Plan, is_convertible
+from tepatch.planning.plan import Plan
 from tepatch.plugins import default_host
 from tepatch.progress import ProgressBar
 from tepatch.proven import installed_versions

@@ -18,21 +18,19 @@ import torch
 from tepatch.certification.comparison import affines_of
 from tepatch.checkpoint import Checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
-from tepatch.dtypes import torch_dtype
+from tepatch.dtypes import FLOATS, is_convertible, is_exact, torch_dtype
 from tepatch.errors import PlanError
 from tepatch.hf.config import AutoClass
 from tepatch.hf.fit import NATIVE, ORIGINAL
 from tepatch.hf.prepare import Prepared, prepare
 from tepatch.planning.bind import IDENTITY, Affine
-from tepatch.planning.plan import Copy, Plan, Spec, Step, is_convertible, is_exact
+from tepatch.planning.plan import Copy, Plan, Spec, Step
 from tepatch.transfer.reader import Parameters, Tensors
 from tepatch.transfer.steps import Read, assemble, put, same_bits
 
 if TYPE_CHECKING:
     from tepatch.patch import Patch
     from tepatch.plugins import PluginHost
-
-_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(kw_only=True)
@@ -269,7 +267,7 @@ def widest(dtypes: Iterable[str]) -> str:
     """A dtype that holds every value of all these; one of them if they are not floats."""
     codes: list[str] = list(dict.fromkeys(dtypes))
     are_floats = all(is_convertible(code, "F64") for code in codes)
-    candidates: list[str] = [*codes, *_FLOATS] if are_floats else codes
+    candidates: list[str] = [*codes, *FLOATS] if are_floats else codes
     for candidate in candidates:
         if all(is_exact(code, candidate) for code in codes):
             return candidate

@@ -7,18 +7,19 @@ without a word. Which libraries are installed decides nothing here: a folder mea
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
 from tepatch.checkpoint.containment import file_inside
-from tepatch.checkpoint.listing import shortened
+from tepatch.checkpoint.listing import read_json, shortened
 from tepatch.errors import CheckpointError, Problem
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder one of an adapter, for PEFT and for transformers."""
 _ADAPTER = re.compile(r"adapter_config\.json|adapter_model\..+")
+MAX_CONFIG_BYTES = 1 << 25
+"""Not less than the reader of the config takes: what is passed over here has to be refused there."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """What ``save_pretrained(distributed_checkpoint=True)`` calls its files."""
 
@@ -31,13 +32,7 @@ def is_adapter_file(name: str) -> bool:
 def stated_weights(folder: Path) -> str:
     """The file that ``config.json`` names as the model's weights (``transformers_weights``); "" if it names none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return ""
-    try:
-        config = json.loads(file_inside(folder, path.name).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return ""  # whoever reads the config tells what is wrong with it
-    stated = config.get("transformers_weights") if isinstance(config, dict) else None
+    stated = _json_in(file_inside(folder, path.name)).get("transformers_weights") if path.is_file() else None
     if stated is None:
         return ""
     if isinstance(stated, str) and stated.endswith((".safetensors", ".safetensors.index.json")):
@@ -144,8 +139,15 @@ def _names(folder: Path) -> list[str]:
 def _base_of(folder: Path) -> str:
     """The model that an adapter says it is for; "" if it says none."""
     try:
-        config = json.loads(file_inside(folder, ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError, CheckpointError):
+        base = _json_in(file_inside(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
+    except CheckpointError:  # a link that leads out of the folder
         return ""
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return base if isinstance(base, str) and base.isprintable() else ""
+
+
+def _json_in(path: Path) -> dict[str, object]:
+    """What a config says; nothing if it can not be read: whoever reads it as a config tells what is wrong with it."""
+    try:
+        return read_json(path, where=str(path), subject="config", max_bytes=MAX_CONFIG_BYTES)
+    except CheckpointError:
+        return {}

@@ -19,10 +19,11 @@ from tepatch.checkpoint.interface import ShardReader, TensorInfo
 from tepatch.checkpoint.listing import counted, shortened
 from tepatch.checkpoint.manifest import Manifest, read_manifest
 from tepatch.checkpoint.pickled import read_pickled_header
-from tepatch.checkpoint.reading import FileStamp, open_shard
+from tepatch.checkpoint.reading import open_shard
 from tepatch.checkpoint.recognise import unfinished
-from tepatch.checkpoint.resolve import NATIVE, resolve, weight_files
+from tepatch.checkpoint.resolve import CONVERTED, find_weights, weight_files
 from tepatch.checkpoint.safetensors_header import read_safetensors_header
+from tepatch.checkpoint.stamp import FileStamp
 from tepatch.checkpoint.wrappers import unwrapped
 from tepatch.errors import CheckpointError, Problem
 
@@ -51,7 +52,7 @@ def open_checkpoint(
     malformed files, a tensor in two files or in another than the index says, file names or links that lead
     out of the folder, and pickled objects in a ``.bin`` file.
     """
-    folder, entry = resolve(
+    folder, entry = find_weights(
         location, variant=variant, subfolder=subfolder, revision=revision, use_safetensors=use_safetensors
     )
     weight_map = read_index(folder, entry) if index_suffix(entry) else None
@@ -77,7 +78,7 @@ def open_checkpoint(
         raise CheckpointError(problems)
     stored = set(tensors)
     wrappers: tuple[str, ...] = ()
-    if entry not in NATIVE:  # whose names are what tepatch has written
+    if entry not in CONVERTED:  # whose names are what tepatch has written
         tensors, wrappers = unwrapped(tensors, str(folder))
     return FolderCheckpoint(
         location=str(folder),
@@ -89,7 +90,7 @@ def open_checkpoint(
         also_present=tuple(name for name in weight_files(folder) if name != entry and name not in expected),
         wrappers=wrappers,
         config_folder=folder,
-        manifest=read_manifest(folder) if entry in NATIVE else None,
+        manifest=read_manifest(folder) if entry in CONVERTED else None,
         stamps=MappingProxyType(stamps),
     )
 

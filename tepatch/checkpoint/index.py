@@ -6,11 +6,10 @@ not used: totals that disagree with the files would help nobody, and many indexe
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tepatch.checkpoint.containment import file_inside, name_fault
-from tepatch.checkpoint.listing import parse_json
+from tepatch.checkpoint.listing import read_json
 from tepatch.errors import CheckpointError, Problem
 
 # The index of a model with a hundred thousand tensors is about 10 MB.
@@ -33,18 +32,8 @@ def read_index(folder: Path, name: str) -> dict[str, str]:
     Raises ``CheckpointError`` with every name that is refused.
     """
     where = str(folder / name)
-    path = file_inside(folder, name)
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(Problem(where=where, what="is not a regular file"))
-        if os.path.getsize(path) > MAX_INDEX_BYTES:
-            raise CheckpointError(
-                Problem(where=where, what=f"is larger than {MAX_INDEX_BYTES:,} bytes: this is not an index")
-            )
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(Problem(where=where, what="cannot be read", found=str(error))) from error
-    weight_map = parse_json(text, where=where, subject="index").get("weight_map")
+    index = read_json(file_inside(folder, name), where=where, subject="index", max_bytes=MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             Problem(

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from tepatch.checkpoint.stamp import FileStamp
+
 if TYPE_CHECKING:
     import torch
 
     from tepatch.checkpoint.manifest import Manifest
-    from tepatch.checkpoint.reading import FileStamp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

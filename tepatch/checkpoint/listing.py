@@ -29,6 +29,23 @@ def counted(number: int) -> str:
     return f"{number:,} tensor{'' if number == 1 else 's'}"
 
 
+def read_json(path: Path, *, where: str, subject: str, max_bytes: int) -> dict[str, object]:
+    """The JSON object in a file of at most ``max_bytes``. Raises as ``parse_json``, and for a file of another kind.
+
+    ``path`` is what ``file_inside`` gave.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise CheckpointError(Problem(where=where, what="is not a regular file"))
+        if path.stat().st_size > max_bytes:
+            what = f"is larger than {max_bytes:,} bytes: this is not the {subject} of a checkpoint"
+            raise CheckpointError(Problem(where=where, what=what))
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(Problem(where=where, what="cannot be read", found=str(error))) from error
+    return parse_json(text, where=where, subject=subject)
+
+
 def parse_json(text: bytes, *, where: str, subject: str) -> dict[str, object]:
     """A JSON object in which no key occurs twice; ``CheckpointError`` for anything else.
 

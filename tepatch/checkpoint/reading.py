@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tepatch.checkpoint.interface import TensorInfo
 from tepatch.checkpoint.pickled import Pickled, check_data, load_pickled
+from tepatch.checkpoint.stamp import FileStamp
 from tepatch.dtypes import torch_dtype
 from tepatch.errors import CheckpointError, Problem
 
@@ -26,60 +26,6 @@ _SAMPLE_EVERY = (1 << 26) + 12_345
 _ADVISED = 512 << 10
 """Bytes. Linux takes no longer advice than a device's largest request, or than it reads ahead anyway."""
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: what one preadv takes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileStamp:
-    """A file as it was when its header was read."""
-
-    path: Path
-    """The file itself, with links followed."""
-    where: str
-    """The file as the checkpoint names it, for messages."""
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    """No program can set it back, unlike the time of writing."""
-    inode: int
-    device: int
-
-    @classmethod
-    def of(cls, path: Path, *, where: str) -> FileStamp:
-        """The stamp of a file now. Raises OSError."""
-        status = os.stat(path)
-        return cls(
-            path=path,
-            where=where,
-            size=status.st_size,
-            mtime_ns=status.st_mtime_ns,
-            ctime_ns=status.st_ctime_ns,
-            inode=status.st_ino,
-            device=status.st_dev,
-        )
-
-    def verify(self) -> None:
-        """Raise ``CheckpointError`` unless the file is as it was."""
-        try:
-            now = FileStamp.of(self.path, where=self.where)
-        except OSError as error:
-            what = "is gone since its header was read"
-            raise CheckpointError(Problem(where=self.where, what=what, found=str(error))) from error
-        if now != self:
-            raise CheckpointError(
-                Problem(
-                    where=self.where,
-                    what="has changed since its header was read",
-                    expected=self._state(),
-                    found=now._state(),
-                    fix="wait until nothing writes to the checkpoint, and start again",
-                )
-            )
-
-    def _state(self) -> str:
-        return (
-            f"{self.size:,} bytes, written at {self.mtime_ns} ns, changed at {self.ctime_ns} ns, "
-            f"inode {self.inode} of device {self.device}"
-        )
 
 
 class SafetensorsReader:

@@ -25,7 +25,7 @@ from tepatch.checkpoint.manifest import MANIFEST, STEM
 from tepatch.checkpoint.recognise import unfinished
 from tepatch.errors import CheckpointError, Problem
 
-NATIVE = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+CONVERTED = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
 """A patched model's own parameters, beside their manifest."""
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,7 +44,7 @@ _TOKENIZER = re.compile(
 )
 
 
-def resolve(
+def find_weights(
     location: str | os.PathLike[str],
     *,
     variant: str | None,
@@ -74,7 +74,7 @@ def resolve(
         # Converted weights are safetensors: True restricts nothing, and False would be ignored.
         given = {"variant": variant, "use_safetensors": None if use_safetensors else use_safetensors}
         _refuse_options(path, given, reason=f"{MANIFEST} says that there is one form of the weights")
-        wanted = list(NATIVE)
+        wanted = list(CONVERTED)
         _refuse_two_checkpoints(path)
     elif stated := stated_weights(path):
         given = {"variant": variant, "use_safetensors": None if use_safetensors else use_safetensors}
@@ -95,14 +95,14 @@ def _refuse_two_checkpoints(folder: Path) -> None:
     ordinary = [name for name in (*_SAFETENSORS, *_PICKLED) if os.path.lexists(folder / name)]
     if not ordinary:
         return
-    is_whole = any(os.path.lexists(folder / name) for name in NATIVE)
+    is_whole = any(os.path.lexists(folder / name) for name in CONVERTED)
     raise CheckpointError(
         Problem(
             where=str(folder),
             what=f"{MANIFEST} says that tepatch has converted this checkpoint, and {ordinary[0]} that it has not",
             fix="move one of the two checkpoints to another folder, or name the file that is meant"
             if is_whole
-            else f"remove {MANIFEST}, if {ordinary[0]} is meant; restore {NATIVE[0]}, if that was",
+            else f"remove {MANIFEST}, if {ordinary[0]} is meant; restore {CONVERTED[0]}, if that was",
         )
     )
 
@@ -241,7 +241,7 @@ def _suggestion(present: list[str], wanted: list[str], *, variant: str | None, p
     variants = _variants_in(present)
     if variants:
         return " or ".join(f"did you mean variant={name!r}?" for name in variants)
-    if any(name in present for name in NATIVE):
+    if any(name in present for name in CONVERTED):
         return f"these weights were converted by tepatch, and {MANIFEST}, which belongs to them, is gone: restore it"
     if partial:
         return "let the download end, or start it again"

@@ -17,7 +17,7 @@ from tepatch.mapping import read_mapping
 from tepatch.mapping.names import fold
 from tepatch.mapping.rules import source_names
 from tepatch.planning import Plan, make_export_plan, make_plan
-from tepatch.planning.identity import make_native_plan
+from tepatch.planning.identity import make_identity_plan
 
 if TYPE_CHECKING:
     from tepatch.patch import Patch
@@ -64,7 +64,7 @@ class Fitting:
         if self.checkpoint.manifest is not None:
             relation = self._relation_of(self.checkpoint.manifest)
             where = str(self.checkpoint.config_folder / MANIFEST)
-            native = make_native_plan(
+            native = make_identity_plan(
                 relation, self.checkpoint.tensors, location=self.checkpoint.location, where=where, notes=self._notes()
             )
             return Fit(relation=relation, reading=native, layout=NATIVE)

@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 from tepatch.checkpoint import ShardReader, TensorInfo
-from tepatch.dtypes import torch_dtype
+from tepatch.dtypes import item_size, torch_dtype
 from tepatch.errors import LoadError, Problem
 from tepatch.hf.model import initializer_of, is_poisoned, poisoned, target_specs
-from tepatch.planning.plan import ITEM_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +54,7 @@ class FreshWeights:
                 dtype=spec.dtype,
                 file=self._block(name),
                 offset=0,
-                nbytes=prod(spec.shape) * ITEM_SIZE.get(spec.dtype, 1),
+                nbytes=prod(spec.shape) * item_size(spec.dtype),
             )
             for name, spec in specs.items()
         }

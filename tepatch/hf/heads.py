@@ -28,7 +28,7 @@ from tepatch.mapping.relocate import below, joined
 
 if TYPE_CHECKING:
     from tepatch.checkpoint.manifest import Manifest
-    from tepatch.checkpoint.reading import FileStamp
+    from tepatch.checkpoint.stamp import FileStamp
 
 _FRESH = "fresh:"
 """Begins the names of what is opened for fresh tensors, so that none is a file's."""

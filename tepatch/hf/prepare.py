@@ -18,6 +18,7 @@ import torch
 
 from tepatch.checkpoint import Checkpoint, open_checkpoint
 from tepatch.checkpoint.folder import FolderCheckpoint
+from tepatch.dtypes import FLOATS, dtype_code, is_convertible, torch_dtype
 from tepatch.errors import PlanError, Problem, TepatchError
 from tepatch.hf.config import AutoClass, ConfigFields, blamed, model_class, read_config, text_config
 from tepatch.hf.fit import Fitting
@@ -30,8 +31,7 @@ from tepatch.hf.names import Renaming, has_conversions
 from tepatch.mapping import read_mapping
 from tepatch.patch import Patch
 from tepatch.planning import Plan
-from tepatch.planning.accounting import count_problems, requirement_problems
-from tepatch.planning.plan import is_convertible
+from tepatch.planning.requirements import count_problems, requirement_problems
 from tepatch.plugins import PluginHost, default_host
 from tepatch.te import BackendName, Modules, use_backend
 
@@ -208,7 +208,11 @@ def _check_served(
     problems = requirement_problems(rules, fields)
     if checkpoint is not None and not has_fresh and not problems:
         problems = count_problems(
-            rules, fields, len(checkpoint.tensors), is_native=checkpoint.manifest is not None, where=checkpoint.location
+            rules,
+            fields,
+            len(checkpoint.tensors),
+            is_converted=checkpoint.manifest is not None,
+            where=checkpoint.location,
         )
         if problems:
             raise PlanError(problems, heading=f"{rules.name} does not fit {checkpoint.location}")
@@ -293,8 +297,6 @@ def parameter_dtype(
     dtype: torch.dtype | str, config: PreTrainedConfig, checkpoint: Checkpoint | None = None
 ) -> torch.dtype:
     """The parameters' dtype; "auto" is the config's, else that of the checkpoint's first floating tensor."""
-    from tepatch.dtypes import torch_dtype
-
     if isinstance(dtype, str) and dtype == AUTO:
         stated: Any = config.dtype
         if stated is None and checkpoint is not None:
@@ -302,15 +304,12 @@ def parameter_dtype(
             stated = next((each for each in found if each is not None and each.is_floating_point), None)
         dtype = stated if stated is not None else torch.float32
     chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or chosen not in _FLOATS:
+    if not isinstance(chosen, torch.dtype) or dtype_code(chosen) not in FLOATS:
         raise PlanError(
             Problem(
                 where="dtype",
                 what=f"parameters can not be held in '{dtype}'",
-                expected=", ".join(str(each).removeprefix("torch.") for each in _FLOATS) + " or 'auto'",
+                expected=", ".join(str(torch_dtype(code)).removeprefix("torch.") for code in FLOATS) + " or 'auto'",
             )
         )
     return chosen
-
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -17,7 +17,7 @@ from tepatch.views import Dim, LayoutError, View, join_dims, split_dim
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[()])")
 
-Side = tuple[tuple[str, ...], ...]
+AxisGroups = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Axes:
     """A parsed pattern: ``source`` and ``target`` list the axes of each dimension."""
 
     text: str
-    source: Side
-    target: Side
+    source: AxisGroups
+    target: AxisGroups
 
     def names(self) -> frozenset[str]:
         """The axes that are looked up among the sizes (numbers are not)."""
@@ -76,7 +76,7 @@ def parse_axes(text: str) -> Axes:
     return Axes(text, source, target)
 
 
-def _side(text: str, whole: str) -> Side:
+def _side(text: str, whole: str) -> AxisGroups:
     groups: list[tuple[str, ...]] = []
     open_group: list[str] | None = None
     position = 0

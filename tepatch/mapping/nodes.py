@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tepatch.mapping import rules, schema
-from tepatch.mapping.axes import parse_axes
+from tepatch.mapping.axes import Axes, parse_axes
 from tepatch.mapping.document import Loc
 from tepatch.mapping.names import NameTemplate
 from tepatch.mapping.parsing import Parser
@@ -67,12 +67,6 @@ class NodeBuilder:
                 return rules.Alternatives(**common, nodes=tuple(node for node in nodes if node is not None))
             case schema.Create(create=value):
                 return rules.Constant(**common, value=float(value))
-            case schema.Tie(tie=text):
-                to = self.parser.name(text, (*loc, "tie"), bound=self.target.captures, column=0)
-                source = self._source("same", loc, bound)
-                if not top:
-                    self.parser.problem(loc, "'tie' stands alone: it can not be a part of something")
-                return rules.TieNode(**common, to=to, source=source) if to and source else None
         return None
 
     def _parts(
@@ -102,37 +96,30 @@ class NodeBuilder:
         """What every node has: its place and its modifiers."""
         parser = self.parser
         self._refuse_empty(item, loc)
-        axes: list[Any] = []
+        axes: Axes | rules.Transpose | None = rules.Transpose() if item.transpose else None
         if item.axes is not None:
             try:
-                axes.append(parse_axes(item.axes))
+                axes = parse_axes(item.axes)
             except LayoutError as error:
                 parser.problem((*loc, "axes"), str(error))
-        if item.transpose:
-            axes.append(rules.Transpose())
-        if (heads := parser.expression(item.rope_permute, (*loc, "rope_permute"))) is not None:
-            axes.append(rules.RopePermute(heads))
-        if sum((item.axes is not None, item.transpose, item.rope_permute is not None)) > 1:
-            parser.problem(loc, "use one of 'axes', 'transpose' and 'rope_permute'")
+            if item.transpose:
+                parser.problem(loc, "use one of 'axes' and 'transpose'")
         pad = None
         if item.pad is not None:
             self._refuse_empty(item.pad, (*loc, "pad"))
             size = parser.expression(item.pad.size, (*loc, "pad", "size"))
             pad = rules.Padding(dim=item.pad.dim, size=size, value=item.pad.value) if size else None
-        for key in ("when", "cast"):
-            if not top and getattr(item, key) is not None:
-                parser.problem((*loc, key), f"'{key}' belongs to the whole rule, not to a part of it")
-        if isinstance(item, schema.Tie | schema.Create):
-            allowed = {"when", item.KEY} | ({"cast"} if isinstance(item, schema.Create) else set())
-            for key in sorted(item.model_fields_set - allowed):
+        if not top and item.when is not None:
+            parser.problem((*loc, "when"), "'when' belongs to the whole rule, not to a part of it")
+        if isinstance(item, schema.Create):
+            for key in sorted(item.model_fields_set - {"when", item.KEY}):
                 parser.problem((*loc, key), f"'{key}' means nothing with '{item.KEY}'")
         return {
             "where": where,
             "when": parser.expression(item.when, (*loc, "when")),
-            "axes": tuple(axes),
+            "axes": axes,
             "scale": parser.expression(item.scale, (*loc, "scale")),
             "offset": parser.expression(item.offset, (*loc, "offset")),
-            "cast": item.cast,
             "pad": pad,
         }
 

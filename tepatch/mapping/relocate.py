@@ -171,8 +171,6 @@ def _node(node: rules.Node, source: Move, target: Move) -> rules.Node:
         return tuple(_node(each, source, target) for each in nodes)
 
     match node:
-        case rules.TieNode():
-            return replace(node, to=target(node.to), source=source(node.source))
         case rules.Leaf():
             return replace(node, source=source(node.source))
         case rules.Wrap() | rules.StackNode():

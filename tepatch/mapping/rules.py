@@ -52,10 +52,9 @@ class Node:
 
     where: str
     when: Located | None = None
-    axes: tuple[Axes | RopePermute | Transpose, ...] = ()
+    axes: Axes | Transpose | None = None
     scale: Located | None = None
     offset: Located | None = None
-    cast: str | None = None
     pad: Padding | None = None
 
 
@@ -64,17 +63,15 @@ class Transpose:
     """The last two dimensions swapped."""
 
 
-@dataclass(frozen=True, slots=True)
-class RopePermute:
-    """Rows in pairs (x0, y0, x1, y1, ...) in the source, in halves (x0, x1, ..., y0, y1, ...) in the target."""
-
-    heads: Located
-
-
 @dataclass(frozen=True, kw_only=True)
 class Leaf(Node):
     source: NameTemplate
     take: Taking | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a name and nothing else."""
+        return all(each is None for each in (self.take, self.axes, self.scale, self.offset, self.pad))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +107,6 @@ class Alternatives(Node):
 @dataclass(frozen=True, kw_only=True)
 class Constant(Node):
     value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TieNode(Node):
-    to: NameTemplate
-    source: NameTemplate
-    """A copy of the tied tensor that a checkpoint may hold, and that must then be equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +166,7 @@ def children(node: Node) -> tuple[Node, ...]:
 
 def leaves(node: Node) -> Iterator[NameTemplate]:
     """The source names in a tree."""
-    if isinstance(node, Leaf | TieNode):
+    if isinstance(node, Leaf):
         yield node.source
     for child in children(node):
         yield from leaves(child)
@@ -227,6 +217,6 @@ def expression_names(node: Node) -> frozenset[str]:
             out |= item.names()
         elif isinstance(item, Sequence) and not isinstance(item, str):
             todo += item
-        elif isinstance(item, Node | Padding | Taking | RopePermute):
+        elif isinstance(item, Node | Padding | Taking):
             todo += [getattr(item, name) for name in item.__dataclass_fields__]
     return frozenset(out)

@@ -51,15 +51,8 @@ class Operation(_Strict):
     when: Expr | None = Field(default=None, description="Use this only if the condition on the config holds.")
     axes: str | None = Field(default=None, description="Layout in named axes, 'source -> target'.")
     transpose: bool = Field(default=False, description="Swap the last two dimensions.")
-    rope_permute: Expr | None = Field(
-        default=None,
-        description="Number of heads: rows interleaved in pairs in the source become two halves in the target.",
-    )
     scale: Expr | None = Field(default=None, description="target = source * scale (+ offset).")
     offset: Expr | None = Field(default=None, description="target = source (* scale) + offset.")
-    cast: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
-        default=None, description="Hold the target in this dtype, whatever the model's."
-    )
     pad: Pad | None = None
 
 
@@ -121,17 +114,17 @@ class Create(Operation):
     create: Constant
 
 
-class Tie(Operation):
-    """The target is the same parameter as another; a copy in the checkpoint must be equal to it."""
-
-    KEY: ClassVar[str] = "tie"
-    tie: str
-
-
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.KEY: operation for operation in (Of, Same, Concat, Interleave, Stack, AnyOf, Create, Tie)
+    operation.KEY: operation for operation in (Of, Same, Concat, Interleave, Stack, AnyOf, Create)
 }
 
+REMOVED = {
+    "tie": "write 'same: true' in its place: which parameters are tied is the model's to say",
+    "rope_permute": "write 'axes: (h r 2) i -> (h 2 r) i' in its place ('(h r 2) -> (h 2 r)' for a bias), with an axis "
+    "of that many heads among the sizes, such as 'h: {value}'",
+    "cast": "leave it out: a parameter has the dtype that the model gives it",
+}
+"""Keys of an operation that the language had, and what to write in their place."""
 
 _FIELDS = frozenset(field for operation in OPERATIONS.values() for field in operation.model_fields)
 _MODIFIERS = _FIELDS - OPERATIONS.keys() - {"when"}
@@ -146,7 +139,7 @@ def _kind(value: Any) -> str:
     """Which of the forms a value in the tree has."""
     if isinstance(value, dict):
         kind = next((f"<{key}>" for key in OPERATIONS if key in value), "<scope>")
-        return "<misspelt>" if kind == "<scope>" and _is_misspelt(value) else kind
+        return "<misspelt>" if kind == "<scope>" and ("tie" in value or _is_misspelt(value)) else kind
     if value is None:
         return "<remove>"
     return "<choice>" if isinstance(value, list) else "<name>"
@@ -174,8 +167,7 @@ Operand = Annotated[
     | Annotated[Interleave, Tag("<interleave>")]
     | Annotated[Stack, Tag("<stack>")]
     | Annotated[AnyOf, Tag("<any_of>")]
-    | Annotated[Create, Tag("<create>")]
-    | Annotated[Tie, Tag("<tie>")],
+    | Annotated[Create, Tag("<create>")],
     Discriminator(_kind),
 ]
 
@@ -248,5 +240,5 @@ def json_schema() -> dict[str, Any]:
     # An operation has the form of a scope as well: of a scope's keys, none is an operation's.
     for form in schema["$defs"]["Tree"]["oneOf"]:
         if form.get("type") == "object":
-            form["propertyNames"] = {"not": {"enum": list(OPERATIONS)}}
+            form["propertyNames"] = {"not": {"enum": [*OPERATIONS, "tie"]}}
     return schema

@@ -43,11 +43,15 @@ def _explain(document: Document, error: dict[str, Any]) -> Problem:
     form = _FORMS.get(tags[-1].strip("<>"), schema.MappingFile) if tags else schema.MappingFile
     if kind == "missing":
         return Problem(where=document.where(loc[:-1]), what=f"'{loc[-1]}' is missing")
+    if kind == "extra_forbidden" and form in schema.OPERATIONS.values() and loc[-1] in schema.REMOVED:
+        return _removed(document, loc, str(loc[-1]), error["input"])
     if kind == "extra_forbidden":
         if loc[:-1] and loc[-2] in ("take", "pad"):
             form = schema.Take if loc[-2] == "take" else schema.Pad
         known = [field.alias or name for name, field in form.model_fields.items()]
         return Problem(where=document.where(loc), what=f"unknown key '{loc[-1]}'", fix=suggest(str(loc[-1]), known))
+    if kind == "union_tag_invalid" and isinstance(error["input"], dict) and "tie" in error["input"]:
+        return _removed(document, (*loc, "tie"), "tie", error["input"]["tie"])
     if kind == "union_tag_invalid":
         return Problem(
             where=document.where(loc),
@@ -61,6 +65,11 @@ def _explain(document: Document, error: dict[str, Any]) -> Problem:
         loc = loc[:-1]
     what = error["msg"] if loc == exact else "must be a number or an expression"
     return Problem(where=document.where(loc, 0), what=f"{_spell(loc)}: {what}", found=_short(error["input"]))
+
+
+def _removed(document: Document, loc: Loc, key: str, value: object) -> Problem:
+    fix = schema.REMOVED[key].format(value=_short(value).strip("'"))
+    return Problem(where=document.where(loc), what=f"'{key}' is no longer in the language", fix=fix)
 
 
 def _is_tag(part: str | int) -> bool:

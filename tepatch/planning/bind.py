@@ -51,7 +51,7 @@ class Affine(NamedTuple):
 IDENTITY = Affine(1.0, 0.0)
 
 
-class Piece(NamedTuple):
+class SourcePart(NamedTuple):
     """One source's part in a template."""
 
     source: NameTemplate
@@ -75,7 +75,7 @@ class Filling(NamedTuple):
 class Template:
     """How one parameter is put together, for every layer in which it has this shape."""
 
-    pieces: tuple[Piece, ...]
+    sources: tuple[SourcePart, ...]
     fills: tuple[Filling, ...]
 
 
@@ -141,16 +141,16 @@ class Binder(Values):
         return found
 
     def _make_template(self, node: Node, shape: tuple[int, ...], env: Env) -> Template | Problem:
-        pieces: list[Piece] = []
+        sources: list[SourcePart] = []
         fills: list[Filling] = []
         try:
-            self._place(node, contiguous(shape), env, (), IDENTITY, pieces, fills)
+            self._place(node, contiguous(shape), env, (), IDENTITY, sources, fills)
         except BindError as error:
             return error.problem
-        views = [piece.pair.target_view() for piece in pieces] + [fill.pair.target_view() for fill in fills]
+        views = [part.pair.target_view() for part in sources] + [fill.pair.target_view() for fill in fills]
         if (wrong := tiling_error(views, prod(shape))) is not None:
             return Problem(where=node.where, what=f"the parts do not tile the target {list(shape)}", found=wrong)
-        return Template(tuple(pieces), tuple(fills))
+        return Template(tuple(sources), tuple(fills))
 
     def _place(
         self,
@@ -159,7 +159,7 @@ class Binder(Values):
         env: Env,
         extra: tuple[tuple[str, int], ...],
         affine: Affine,
-        pieces: list[Piece],
+        sources: list[SourcePart],
         fills: list[Filling],
     ) -> None:
         def constant(part: View, value: float) -> None:
@@ -175,20 +175,20 @@ class Binder(Values):
                     constant(narrow(view, dim, real, total - real), node.pad.value)
                     view = narrow(view, dim, 0, real)
             affine = affine.after(self._affine(node, env))
-            for axes in node.axes:
-                view = self._rearrange(axes, view, env)
+            if node.axes is not None:
+                view = self._rearrange(node.axes, view, env)
             match node:
                 case rules.Leaf(source=source, take=take):
                     shape, offset = self._source_shape(view.shape, take, env)
                     if take is not None and take.index is not None:  # give back the dimension that was indexed
                         dim = _index(take.dim, len(shape))
                         view = View(view.offset, (*view.dims[:dim], ((1, 1),), *view.dims[dim:]))
-                    pieces.append(Piece(source, extra, shape, pair(view, shape, offset), affine, node.where))
+                    sources.append(SourcePart(source, extra, shape, pair(view, shape, offset), affine, node.where))
                 case rules.Wrap(inner=inner):
-                    self._place(inner, view, env, extra, affine, pieces, fills)
+                    self._place(inner, view, env, extra, affine, sources, fills)
                 case rules.Parts():
                     for part, seen in self._parts(node, view, env):
-                        self._place(part, seen, env, extra, affine, pieces, fills)
+                        self._place(part, seen, env, extra, affine, sources, fills)
                 case rules.StackNode(inner=inner, over=over):
                     dim, values = _dim(view, node.dim), self.domain(over)
                     if view.shape[dim] != len(values):
@@ -198,7 +198,9 @@ class Binder(Values):
                         )
                     for index, value in enumerate(values):
                         bound = (*extra, (over, value))
-                        self._place(inner, select(view, dim, index), {**env, over: value}, bound, affine, pieces, fills)
+                        self._place(
+                            inner, select(view, dim, index), {**env, over: value}, bound, affine, sources, fills
+                        )
                 case rules.Constant(value=value):
                     constant(view, value)
         except LayoutError as error:
@@ -218,17 +220,11 @@ class Binder(Values):
             raise BindError(Problem(where=node.where, what="a scale of 0 has no inverse"))
         return Affine(*values)
 
-    def _rearrange(self, axes: Axes | rules.Transpose | rules.RopePermute, view: View, env: Env) -> View:
+    def _rearrange(self, axes: Axes | rules.Transpose, view: View, env: Env) -> View:
         if isinstance(axes, rules.Transpose):
             if len(view.dims) < 2:
                 raise LayoutError("transpose needs two dimensions")
             return View(view.offset, (*view.dims[:-2], view.dims[-1], view.dims[-2]))
-        if isinstance(axes, rules.RopePermute):
-            heads, rows = self.size(axes.heads, env), view.shape[_dim(view, 0)]
-            if heads == 0 or rows % (2 * heads):
-                raise LayoutError(f"{rows} rows are not pairs of {heads} heads")
-            h, two, half = split_dim(view.dims[0], (heads, 2, rows // (2 * heads)))
-            return View(view.offset, ((*h, *half, *two), *view.dims[1:]))
         scope = Scope(self, env)
         sizes: dict[str, int] = {}
         for name in sorted(axes.names() & self.mapping.sizes.keys()):

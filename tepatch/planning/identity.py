@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
 
+from tepatch.dtypes import is_convertible
 from tepatch.errors import PlanError, Problem
 from tepatch.mapping.names import fold
 from tepatch.planning.bind import IDENTITY
-from tepatch.planning.plan import Copy, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec, is_convertible
+from tepatch.planning.plan import Copy, Plan, RuleEntry, SourceEntry, TargetEntry, TensorSpec
 from tepatch.views import contiguous, pair
 
 
-def make_native_plan(
+def make_identity_plan(
     relation: Plan, tensors: MappingABC[str, TensorSpec], *, location: str, where: str, notes: tuple[str, ...] = ()
 ) -> Plan:
     """Read every parameter of ``relation`` from the tensor of the same name.

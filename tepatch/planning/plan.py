@@ -15,124 +15,34 @@ and ``constants`` say what that means for whoever executes it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
+from tepatch.dtypes import is_exact, item_size
 from tepatch.errors import visible
-from tepatch.planning.bind import IDENTITY, Affine
+from tepatch.mapping.names import fold
+from tepatch.planning.bind import IDENTITY
+from tepatch.planning.entries import (
+    Copy,
+    Fill,
+    RuleEntry,
+    SourceEntry,
+    Spec,
+    Step,
+    TargetEntry,
+    TensorSpec,
+)
 from tepatch.views import Pair, contiguous, pair
 
-_WIDE = {8: ("C64", "F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("BF16", "F16", "I16", "U16")}
-ITEM_SIZE = {code: size for size, codes in _WIDE.items() for code in codes}
-"""Bytes of one element, by code; those of all others are one byte."""
-# Bits of significand and of exponent: a conversion that loses neither comes back bit for bit.
-_PRECISION = {"F64": (53, 11), "F32": (24, 8), "BF16": (8, 8), "F16": (11, 5)}
+__all__ = ["Copy", "Fill", "Plan", "RuleEntry", "SourceEntry", "Spec", "Step", "TargetEntry", "TensorSpec"]
 
-
-class TensorSpec(Protocol):
-    """A name's shape and dtype (safetensors code, ``BF16``): all that a plan needs to know of a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """A plain ``TensorSpec``."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class Step(NamedTuple):
-    """A part of a tensor that is written, and where it is read: a ``Copy`` in one of its two directions."""
-
-    read: str
-    sizes: tuple[int, ...]
-    read_strides: tuple[int, ...]
-    read_offset: int
-    write_strides: tuple[int, ...]
-    write_offset: int
-    affine: Affine
-    is_undone: bool
-    """Whether ``affine`` is undone (written = (read - offset) / scale) and not applied."""
-
-    @property
-    def numel(self) -> int:
-        return prod(self.sizes)
-
-    @property
-    def is_run(self) -> bool:
-        """Whether it is a run of bytes: the same values, one after the other, on both sides."""
-        return self.affine == IDENTITY and self.read_strides == self.write_strides == (1,)  # pairs are merged
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One pair of views: ``source`` and ``target`` hold the same elements there, up to ``affine``."""
-
-    source: str
-    target: str
-    pair: Pair
-    affine: Affine
-    rule: int
-
-    def step(self, *, is_reversed: bool = False) -> Step:
-        """What it means to load, or (reversed) to save."""
-        sizes, source, target, source_offset, target_offset = self.pair
-        if is_reversed:
-            return Step(self.target, sizes, target, target_offset, source, source_offset, self.affine, True)
-        return Step(self.source, sizes, source, source_offset, target, target_offset, self.affine, False)
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A part of ``target`` (the target side of ``pair``) that holds a constant and has no source."""
-
-    target: str
-    pair: Pair
-    value: float
-    rule: int
-
-
-@dataclass(frozen=True, slots=True)
-class SourceEntry:
-    """What becomes of one tensor of the checkpoint."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    state: Literal["used", "ignored", "redundant"]
-    note: str = ""
-    """Why it is ignored, the parameter it must be equal to, or the tied tensor that it is read in the place of."""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetEntry:
-    """Where one parameter of the model comes from."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    state: Literal["filled", "created", "tied"]
-    rule: int
-    tied_to: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RuleEntry:
-    """What became of one rule of the mapping."""
-
-    where: str
-    target: str
-    state: Literal["used", "off"]
-    count: int
-    """Parameters it fills or ties."""
-    sources: tuple[str, ...] = ()
-    """Names of the tensors that these are made of, with ``{captures}``, in the order of the rule."""
+MAX_SOURCES = 6
+"""Names of sources that are shown for a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,28 +227,11 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        from tepatch.planning.text import show_plan
-
-        return visible(show_plan(self))
-
-
-def is_convertible(source_dtype: str, target_dtype: str) -> bool:
-    """Whether a cast keeps the meaning: between floats it does, from packed or whole numbers to floats not."""
-    return source_dtype == target_dtype or {source_dtype, target_dtype} <= _PRECISION.keys()
-
-
-def is_exact(source_dtype: str, target_dtype: str) -> bool:
-    """Whether every value of ``source_dtype`` comes back bit for bit through ``target_dtype``."""
-    if source_dtype == target_dtype:
-        return True
-    if source_dtype not in _PRECISION or target_dtype not in _PRECISION:
-        return False
-    source, target = _PRECISION[source_dtype], _PRECISION[target_dtype]
-    return source[0] <= target[0] and source[1] <= target[1]
+        return visible(_text(self))
 
 
 def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    return prod(shape) * ITEM_SIZE.get(dtype, 1)
+    return prod(shape) * item_size(dtype)
 
 
 def _layout_json(layout: Pair) -> dict[str, Any]:
@@ -347,3 +240,75 @@ def _layout_json(layout: Pair) -> dict[str, Any]:
         "source": {"offset": layout.source_offset, "strides": list(layout.source_strides)},
         "target": {"offset": layout.target_offset, "strides": list(layout.target_strides)},
     }
+
+
+def _text(plan: Plan) -> str:
+    """Some twenty lines: rules with their sources, counts of every state, conversions, bytes."""
+    lines = [
+        f"plan: {plan.patch or plan.mapping} {'->' if plan.is_reversed else '<-'} {plan.location or 'a checkpoint'}",
+        f"  mapping {plan.mapping} (sha256 {plan.digest[:12]})",
+    ]
+    lines += [f"  {line}" for line in _rule_lines(plan)]
+    lines.append("  sources: " + _counted(entry.state for entry in plan.sources.values()))
+    lines.append("  targets: " + _counted(entry.state for entry in plan.targets.values()))
+    reasons: dict[str, list[str]] = {}
+    for name, entry in plan.sources.items():
+        if entry.state == "ignored":
+            reasons.setdefault(entry.note, []).append(name)
+    lines += [f"  ignored: {', '.join(fold(names, 2))}: {reason}" for reason, names in reasons.items()]
+    casts = Counter((plan.sources[copy.source].dtype, plan.targets[copy.target].dtype) for copy in plan.copies)
+    for (source, target), count in sorted(casts.items()):
+        lines.append(f"  dtype: {count} x {source}" + ("" if source == target else f" -> {target}"))
+    inexact = plan.inexact()
+    kept = sum(entry.state != "ignored" for entry in plan.sources.values()) - len(inexact)
+    lines.append(f"  reversible: {kept} tensors bit for bit" + (f", {len(inexact)} not:" if inexact else ""))
+    grouped: dict[str, list[str]] = {}
+    for name, reason in inexact.items():
+        grouped.setdefault(reason, []).append(name)
+    lines += [f"    {', '.join(fold(names, 3))}: {reason}" for reason, names in grouped.items()]
+    if plan.is_reversed:
+        lines.append(f"  bytes: {plan.target_bytes:,} read, {plan.write_bytes:,} written")
+    else:
+        lines.append(f"  bytes: {plan.source_bytes:,} read, {plan.target_bytes:,} allocated")
+    lines += [f"  note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _counted(states: Iterable[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
+
+
+def _rule_lines(plan: Plan) -> Iterator[str]:
+    constants, copied = {fill.rule for fill in plan.fills}, {copy.rule for copy in plan.copies}
+    ties = {entry.rule: entry.tied_to for entry in plan.targets.values() if entry.tied_to}
+    for index, rule in enumerate(plan.rules):
+        origins = [_sources(rule.sources, rule.target)] if rule.sources else []
+        origins += ["same"] if index in copied and not rule.sources else []  # what is outside the base
+        origins += ["a constant"] if index in constants else []
+        origins += [f"tied to {ties[index]}"] if index in ties else []
+        if rule.state == "off":
+            yield f"{rule.target}: off (its condition does not hold)"
+        else:
+            yield f"{rule.target} x{rule.count} <- {', '.join(origins)}"
+
+
+def _sources(names: Sequence[str], target: str) -> str:
+    """Names as a rule below the target's layer would say them, with what they share written once."""
+    if list(names) == [target]:
+        return "same"
+    scope = target[: target.rfind("}.") + 2] if "}." in target else ""
+    names = [name.removeprefix(scope) if name.startswith(scope) else f"/{name}" for name in names]
+    head = _common(names, ".")
+    tail = _common([name.removeprefix(head)[::-1] for name in names], "._")[::-1]
+    middles = [name.removeprefix(head).removesuffix(tail) for name in names]
+    is_foldable = all(middle and not set(middle) & {".", "/"} for middle in middles)
+    if len(names) == 1 or not head + tail or not is_foldable:
+        return " + ".join([*names[:MAX_SOURCES], *(["..."] if len(names) > MAX_SOURCES else [])])
+    return f"{head}{{{','.join(middles)}}}{tail}"
+
+
+def _common(names: Sequence[str], ends: str) -> str:
+    """The longest beginning that all ``names`` share and that ends with one of the characters ``ends``."""
+    first, last = min(names), max(names)
+    length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return first[: max(first.rfind(end, 0, length) for end in ends) + 1]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tepatch.errors import Problem
 from tepatch.mapping.names import fold, fold_numbers, listed
-from tepatch.mapping.rules import Located, Rule
+from tepatch.mapping.rules import Leaf, Located, Rule, Transpose, children
 
 CONFIG_FIX = "check that config.json belongs to this checkpoint"
 
@@ -99,15 +99,18 @@ def unexpected(
     )
 
 
-def misshapen(rule: Rule, names: Sequence[str], expected: tuple[int, ...], found: tuple[int, ...]) -> Problem:
-    """Tensors whose shapes are not what the rule and the model's parameter need."""
+def misshapen(
+    rule: Rule, names: Sequence[str], expected: tuple[int, ...], found: tuple[int, ...], *, can_turn: bool
+) -> Problem:
+    """Tensors whose shapes are not what the rule and the model's parameter need; ``can_turn``: a rule may turn them."""
+    turning = _turning_fix(rule, names[0]) if can_turn and _is_turned(expected, found) else ""
     return Problem(
         where=rule.where,
         what=f"wrong shape: {_count(names, 'tensor')}",
         details=tuple(fold(names)),
         expected=str(list(expected)),
         found=str(list(found)),
-        fix=CONFIG_FIX,
+        fix=f"{turning}; else {CONFIG_FIX}" if turning else CONFIG_FIX,
     )
 
 
@@ -134,16 +137,14 @@ def not_consumed_once(wheres: Sequence[str], uses: Mapping[str, Sequence[str]], 
     )
 
 
-def unknown_targets(rule: Rule, names: Sequence[str], targets: Sequence[str], tied_to: str) -> Problem:
-    """A rule whose target is not a parameter of the model, or one that is tied to ``tied_to``."""
+def unknown_targets(rule: Rule, names: Sequence[str], targets: Sequence[str]) -> Problem:
+    """A rule whose target is not a parameter of the model."""
     close = _closest(names[0], targets)
-    fix = f"did you mean {close}?" if close else ""
     return Problem(
         where=rule.where,
         what=f"the rule matches no parameter of the model ({_count(names, 'name')})",
         details=tuple(fold(names)),
-        found=f"{names[0]} is tied to {tied_to} in the model" if tied_to else "",
-        fix=f"write 'tie: {tied_to}' where the config ties them" if tied_to else fix,
+        fix=f"did you mean {close}?" if close else "",
     )
 
 
@@ -157,23 +158,34 @@ def uncovered(mapping: str, names: Sequence[str]) -> Problem:
     )
 
 
-def unsaid_tie(mapping: str, alias: str, to: str) -> Problem:
-    """The model ties two parameters and the mapping has no rule for it."""
-    return Problem(
-        where=mapping,
-        what=f"the model ties {alias} to {to}, the mapping does not say so",
-        fix=f"add 'tie: {to}' for {alias}",
-    )
-
-
-def wrong_tie(rule: Rule, alias: str, to: str, *, actual: str, is_parameter: bool) -> Problem:
-    """The mapping ties two names and the model does not, or ties them otherwise."""
-    state = "is a parameter of its own" if is_parameter else "is not there"
+def more_than_a_name(rule: Rule, alias: str, to: str) -> Problem:
+    """A rule that makes a parameter of something, and the model ties the parameter to another."""
     return Problem(
         where=rule.where,
-        what=f"the mapping ties {alias} to {to}, the model does not",
-        found=f"{alias} is tied to {actual}" if actual else f"{alias} {state}",
+        what=f"the model ties {alias} to {to}, so its rule can only name the copy that a checkpoint may hold",
+        expected="'same', or the name of a tensor",
+        fix="write '{when: CONDITION, same: true}' as the first choice, for configs that tie them",
     )
+
+
+def _is_turned(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a shape is the expected one with the last two dimensions swapped, which is what ``transpose`` does."""
+    return len(expected) > 1 and found == (*expected[:-2], expected[-1], expected[-2])
+
+
+def _turning_fix(rule: Rule, name: str) -> str:
+    """How the rule would take a tensor that is turned over."""
+    if not rule.choices:
+        return "if the checkpoint stores it turned over, add a rule for it with 'transpose: true'"
+    todo = [(node, False) for node in rule.choices]
+    while todo:
+        node, is_turning = todo.pop()
+        is_turning ^= isinstance(node.axes, Transpose)
+        if isinstance(node, Leaf) and node.source.pattern.match(name):
+            how = "take 'transpose: true' out of" if is_turning else "put 'transpose: true' to it in"
+            return f"if the checkpoint stores it turned over, {how} the rule"
+        todo += [(child, is_turning) for child in children(node)]
+    return ""
 
 
 def _closest(name: str, candidates: Sequence[str]) -> str:

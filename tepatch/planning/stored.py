@@ -16,9 +16,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from tepatch.dtypes import is_convertible
 from tepatch.errors import PlanError, Problem
 from tepatch.planning.bind import IDENTITY, Affine
-from tepatch.planning.plan import Copy, Fill, Plan, RuleEntry, SourceEntry, TargetEntry, is_convertible
+from tepatch.planning.plan import Copy, Fill, Plan, RuleEntry, SourceEntry, TargetEntry
 from tepatch.views import Pair, View, tiling_error
 
 FORMAT = "tepatch-plan-1"

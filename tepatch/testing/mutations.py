@@ -25,7 +25,7 @@ from tepatch.mapping.expressions import parse
 from tepatch.mapping.names import parse_name
 from tepatch.mapping.read import read_mapping
 from tepatch.mapping.relocate import find_base
-from tepatch.mapping.rules import Constant, Leaf, Located, Mapping, Node, Parts, Rule, TieNode, Transpose, is_below
+from tepatch.mapping.rules import Constant, Leaf, Located, Mapping, Node, Parts, Rule, Transpose, is_below
 from tepatch.planning.plan import Plan, SourceEntry
 from tepatch.testing.cases import Bench, changed, layers_of, rope_tables, window_of
 from tepatch.testing.parity import distance, numbers
@@ -121,7 +121,7 @@ def mutants(rules: Mapping, bench: Bench) -> Iterator[Mutant]:
     rules = replace(rules, rules=(*rules.rules, *_rest_rules(rules, bench.plan)))
     for rule in rules.rules:
         yield _in_rule(rules, rule, "without its scale and offset", _without_values)
-        if not any(isinstance(node, TieNode | Constant) or node.scale or node.offset for node in nodes_of(rule)):
+        if not any(isinstance(node, Constant) or node.scale or node.offset for node in nodes_of(rule)):
             yield _in_rule(rules, rule, "scaled and offset", lambda node, rule=rule: _with_values(node, rule))
         yield from _in_parts(rules, rule)
         yield from _in_leaves(rules, rule, sources)
@@ -190,7 +190,7 @@ def _in_leaves(rules: Mapping, rule: Rule, sources: Sources) -> Iterator[Mutant]
     for leaf in leaves:
         shape = _shape(leaf, sources)
         if len(shape) > 1 and shape[-1] == shape[-2] and not leaf.axes and leaf.take is None:
-            yield _exchange(rules, rule, f"transposed, {leaf.source}", leaf, replace(leaf, axes=(Transpose(),)))
+            yield _exchange(rules, rule, f"transposed, {leaf.source}", leaf, replace(leaf, axes=Transpose()))
             break
 
 

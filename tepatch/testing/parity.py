@@ -40,7 +40,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def judge(bench: Bench, truth: Tensor, theirs: Tensor, ours: Tensor) -> Finding:
+def hold_to_rounding(bench: Bench, truth: Tensor, theirs: Tensor, ours: Tensor) -> Finding:
     """Raise ``Broken`` if ``ours`` is further from ``truth`` than it may be; all are float [n]."""
     if not (ours.shape == theirs.shape == truth.shape):
         raise Broken(f"{ours.numel()} numbers, and {theirs.numel()} of Hugging Face's")
@@ -64,7 +64,7 @@ def row(function: Row) -> Check:
     @wraps(function)
     def compare(bench: Bench) -> Finding:
         with torch.no_grad():
-            return judge(bench, *each_once(bench.models, lambda model: function(bench, model)))
+            return hold_to_rounding(bench, *each_once(bench.models, lambda model: function(bench, model)))
 
     return compare
 
@@ -265,7 +265,7 @@ def gradients(bench: Bench) -> Finding:
     names = set(found[0])
     if names != set(found[2]):
         raise Broken(f"gradients of other tensors: {', '.join(sorted(names ^ set(found[2])))}")
-    finding = judge(bench, *(torch.cat([each[name].flatten() for name in sorted(names)]) for each in found))
+    finding = hold_to_rounding(bench, *(torch.cat([each[name].flatten() for name in sorted(names)]) for each in found))
     return replace(finding, detail=f"{len(names)} tensors")
 
 
@@ -327,7 +327,7 @@ def gpu(bench: Bench) -> Finding:
         for model in models:
             with torch.no_grad(), routes.followed_by(model):
                 outs.append(numbers(model(ids, **arguments, **bench.without_cache), mask))
-        finding = judge(bench, *outs)
+        finding = hold_to_rounding(bench, *outs)
         figures |= {f"{name}, {which}": value for which, value in finding.figures.items() if which != "largest"}
         if routes.seen:
             figures[f"{name}, routing agrees"] = routes.agreement

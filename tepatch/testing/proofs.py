@@ -9,7 +9,7 @@ import tepatch
 from tepatch.errors import PlanError, TepatchError
 from tepatch.hf.config import ConfigFields
 from tepatch.mapping.read import read_mapping
-from tepatch.planning.accounting import requirement_problems
+from tepatch.planning.requirements import requirement_problems
 from tepatch.testing.cases import Bench, changed
 from tepatch.testing.checkpoints import differences, forms, read_all, write
 from tepatch.testing.results import Broken, Finding, NotApplicable

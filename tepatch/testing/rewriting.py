@@ -16,11 +16,9 @@ from tepatch.mapping.rules import (
     Mapping,
     Node,
     Parts,
-    RopePermute,
     Rule,
     StackNode,
     Taking,
-    TieNode,
     Transpose,
     Wrap,
     children,
@@ -60,17 +58,10 @@ def text_of(mapping: Mapping) -> str:
             "ignore": [{each.source.text: each.reason} for each in mapping.ignored],
             **({} if mapping.base is None else {"base": mapping.base}),
             **({} if mapping.rest is None else {"rest": "same"}),
-            "parameters": {_key(rule): _choices(rule) for rule in mapping.rules},
+            "parameters": {rule.target.text: _choices(rule) for rule in mapping.rules},
         },
         indent=1,
     )
-
-
-def _key(rule: Rule) -> str:
-    # A tie's own copy is the source of the target's name, and can only be said with the target.
-    ties = [node.source.text for node in nodes_of(rule) if isinstance(node, TieNode)]
-    target = rule.target.text
-    return f"{target} <- {ties[0]}" if ties and ties[0] != target else target
 
 
 def _choices(rule: Rule) -> list[dict[str, Any]]:
@@ -102,19 +93,12 @@ def _data(node: Node) -> dict[str, Any]:
             out = {"any_of": [_data(each) for each in nodes]}
         case Constant(value=value):
             out = {"create": value}
-        case TieNode(to=to):
-            out = {"tie": to.text}
-    for step in node.axes:
-        match step:
-            case Axes(text=text):
-                out["axes"] = text
-            case Transpose():
-                out["transpose"] = True
-            case RopePermute(heads=heads):
-                out["rope_permute"] = str(heads)
+    match node.axes:
+        case Axes(text=text):
+            out["axes"] = text
+        case Transpose():
+            out["transpose"] = True
     out |= {name: str(each) for name, each in (("scale", node.scale), ("offset", node.offset)) if each is not None}
-    if node.cast is not None:
-        out["cast"] = node.cast
     if node.pad is not None:
         out["pad"] = {"dim": node.pad.dim, "size": str(node.pad.size), "value": node.pad.value}
     return out

@@ -10,9 +10,9 @@ import torch
 
 from tepatch.hf.config import ConfigFields
 from tepatch.mapping.read import read_mapping
-from tepatch.planning.accounting import requirement_problems
+from tepatch.planning.requirements import requirement_problems
 from tepatch.testing.cases import Bench, changed, rope_tables
-from tepatch.testing.parity import judge, numbers
+from tepatch.testing.parity import hold_to_rounding, numbers
 from tepatch.testing.results import Broken, Finding, NotApplicable
 
 ORIGINAL = 32
@@ -56,7 +56,7 @@ def rope_types(bench: Bench) -> Finding:
                 with torch.no_grad():
                     outs.append(numbers(model(other.tokens(), **other.without_cache)))
             try:
-                figures[name] = judge(other, *outs).figures["ours"]
+                figures[name] = hold_to_rounding(other, *outs).figures["ours"]
             except Broken as error:
                 raise Broken(f"rope type {name}: {error}") from error
     if not figures:

@@ -18,13 +18,13 @@ from math import prod
 import torch
 
 from tepatch.checkpoint import Checkpoint, TensorInfo
-from tepatch.dtypes import torch_dtype
+from tepatch.dtypes import item_size, torch_dtype
 from tepatch.errors import LoadError, Problem, first_line
 from tepatch.planning.bind import IDENTITY
 from tepatch.planning.plan import Plan, Step
 from tepatch.progress import ProgressBar
 from tepatch.transfer.libraries import read_tensors
-from tepatch.transfer.pieces import Piece, Tensor, cut, cut_apart, cut_compared, item_size
+from tepatch.transfer.pieces import Piece, Tensor, cut, cut_apart, cut_compared
 from tepatch.transfer.settings import Reading
 from tepatch.transfer.shards import Cut, clip, shard_shape
 from tepatch.transfer.steps import (

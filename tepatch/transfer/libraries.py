@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tepatch.checkpoint import Checkpoint, TensorInfo
-from tepatch.checkpoint.reading import FileStamp, as_promised
+from tepatch.checkpoint.reading import as_promised
+from tepatch.checkpoint.stamp import FileStamp
 from tepatch.errors import BackendError, CheckpointError, Problem, TepatchError
 from tepatch.transfer.steps import is_out_of_memory
 

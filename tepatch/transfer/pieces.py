@@ -12,8 +12,9 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
+from tepatch.dtypes import item_size
 from tepatch.planning.bind import IDENTITY
-from tepatch.planning.plan import ITEM_SIZE, Plan, Step
+from tepatch.planning.plan import Plan, Step
 
 WIDENED = 8
 """Values that are scaled are so in float64, in memory of its own: such pieces are smaller by this."""
@@ -106,11 +107,6 @@ def cut_compared(
             whole = Step(tensor.name, (prod(entry.shape),), (1,), 0, (1,), 0, IDENTITY, False)
             pieces += _cut_tensor(tensor, [(entry.note, whole)], piece_bytes, clip, is_compared=True)
     return _in_order(pieces, piece_bytes)
-
-
-def item_size(dtype: str) -> int:
-    """Bytes of one element of a safetensors dtype."""
-    return ITEM_SIZE.get(dtype, 1)
 
 
 Parts = list[tuple[str, Step]]

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from tepatch.checkpoint import Checkpoint
-from tepatch.checkpoint.reading import BLOCK, FileStamp, cached_bytes
+from tepatch.checkpoint.reading import BLOCK, cached_bytes
+from tepatch.checkpoint.stamp import FileStamp
 from tepatch.errors import CheckpointError, LoadError, Problem
 from tepatch.planning.bind import IDENTITY
 from tepatch.planning.plan import Plan, Step

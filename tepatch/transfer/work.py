@@ -25,9 +25,10 @@ import torch
 
 from tepatch.checkpoint.reading import BLOCK
 from tepatch.checkpoint.writing import tensor_bytes
+from tepatch.dtypes import item_size
 from tepatch.errors import LoadError, Problem
 from tepatch.transfer.memory import HostMemory
-from tepatch.transfer.pieces import Piece, item_size
+from tepatch.transfer.pieces import Piece
 from tepatch.transfer.placing import Target, bytes_in, is_run, place, scattered
 
 if TYPE_CHECKING:

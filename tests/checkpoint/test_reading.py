@@ -227,11 +227,6 @@ def test_every_dtype_of_the_table_is_read_as_its_torch_dtype(
         assert shard.read(checkpoint.tensors["w"]).dtype == dtype
 
 
-def test_a_dtype_without_a_counterpart_is_told() -> None:
-    assert torch_dtype("F4") is None
-    assert dtype_code(torch.complex128) is None
-
-
 def test_the_real_checkpoint_opens_and_reads(smollm2: Path) -> None:
     checkpoint = open_checkpoint(smollm2)
     index = json.loads((smollm2 / "model.safetensors.index.json").read_text())

@@ -23,7 +23,7 @@ REFERENCE = ROOT / "docs" / "reference"
 MODELS = (schema.MappingFile, schema.Take, schema.Pad, *schema.OPERATIONS.values())
 FIELDS = sorted({field for model in MODELS for field in model.model_fields})
 # Besides the keys: forms that have no key of their own, and modifiers with a section.
-SECTIONS = ("rename", "axes", "transpose", "rope_permute", "take", "offset", "scale", "cast", "pad")
+SECTIONS = ("rename", "axes", "transpose", "take", "offset", "scale", "pad")
 HEAD = "version: 1\ncaptures: {layer: num_hidden_layers, expert: num_experts}\nparameters:\n"
 
 

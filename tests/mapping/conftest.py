@@ -177,7 +177,7 @@ parameters:
   model.embed_tokens.weight: same
   model.norm.weight: same
   lm_head.weight:
-    - {when: tie_word_embeddings, tie: model.embed_tokens.weight}
+    - {when: tie_word_embeddings, same: true}
     - same
   model.layers.{layer}:
     self_attn.qkv.layernorm_weight: input_layernorm.weight

@@ -10,7 +10,7 @@ import pytest
 from tepatch.errors import Problem
 from tepatch.mapping import parse_mapping
 from tepatch.planning import Plan, Spec, make_plan
-from tepatch.planning.accounting import requirement_problems
+from tepatch.planning.requirements import requirement_problems
 
 Problems = Callable[..., list[Problem]]
 
@@ -145,7 +145,7 @@ def test_what_is_outside_the_base_and_turned_over_needs_a_rule(plan_problems: Pr
 
 
 def test_a_copy_of_a_tied_tensor_is_not_told_to_be_turned_over(plan_problems: Problems) -> None:
-    text = "parameters: {t: x, u: {tie: t}}"
+    text = "parameters: {t: x, u: same}"
     problem = only(plan_problems(text, {"x": (4, 3), "u": (3, 4)}, {"t": (4, 3)}, ties={"u": "t"}))
     assert "transpose" not in problem.fix
 
@@ -265,8 +265,8 @@ def test_two_rules_on_one_target_are_told_with_both_places(plan_problems: Proble
     )
 
 
-def test_two_ties_of_one_target_are_refused_too(plan_problems: Problems) -> None:
-    text = "captures: {x: 1, y: 1}\nparameters:\n  e: same\n  t.{x}: {tie: e}\n  t.{y}: {tie: e}"
+def test_two_rules_for_one_tied_target_are_refused_too(plan_problems: Problems) -> None:
+    text = "captures: {x: 1, y: 1}\nparameters:\n  e: same\n  t.{x}: same\n  t.{y}: same"
     problem = only(plan_problems(text, {"e": (2,)}, {"e": (2,)}, ties={"t.0": "e"}))
     assert problem.what == "a second rule fills t.0"
 
@@ -274,52 +274,77 @@ def test_two_ties_of_one_target_are_refused_too(plan_problems: Problems) -> None
 # -- ties --
 
 
-def test_a_tie_of_the_mapping_that_the_model_does_not_have_is_told(llama: Callable[..., Any]) -> None:
-    case = llama()
-    case.config["tie_word_embeddings"] = True
-    problem = case.problem()
-    assert problem.where == "llama.yaml:14:3"
-    assert problem.what == "the mapping ties lm_head.weight to model.embed_tokens.weight, the model does not"
-    assert problem.found == "lm_head.weight is a parameter of its own"
-
-
-def test_a_tie_of_a_name_that_the_model_does_not_have_is_told(llama: Callable[..., Any]) -> None:
-    case = llama()
-    case.config["tie_word_embeddings"] = True
-    del case.targets["lm_head.weight"]
-    assert case.problem().found == "lm_head.weight is not there"
-
-
-def test_a_tie_to_another_parameter_is_told(llama: Callable[..., Any]) -> None:
-    case = llama()
-    case.config["tie_word_embeddings"] = True
-    del case.targets["lm_head.weight"]
-    case.ties = {"lm_head.weight": "model.norm.weight"}
-    assert case.problem().found == "lm_head.weight is tied to model.norm.weight"
-
-
-def test_a_tie_of_the_model_that_the_mapping_fills_is_told(llama: Callable[..., Any]) -> None:
-    case = llama()
+def tied(case: Any) -> Any:
     del case.targets["lm_head.weight"]
     case.ties = {"lm_head.weight": "model.embed_tokens.weight"}
-    problem = case.problem()
-    assert problem.where == "llama.yaml:14:3"
-    assert problem.what == "the rule matches no parameter of the model (1 name)"
-    assert problem.found == "lm_head.weight is tied to model.embed_tokens.weight in the model"
-    assert problem.fix == "write 'tie: model.embed_tokens.weight' where the config ties them"
+    return case
 
 
-def test_a_tie_of_the_model_that_the_mapping_does_not_know_is_told(plan_problems: Problems) -> None:
-    problem = only(plan_problems("parameters: {e: same}", {"e": (2,)}, {"e": (2,)}, ties={"h": "e"}))
-    assert problem.what == "the model ties h to e, the mapping does not say so"
-    assert problem.fix == "add 'tie: e' for h"
+def without_head(text: str) -> str:
+    rule = "  lm_head.weight:\n    - {when: tie_word_embeddings, same: true}\n    - same\n"
+    assert rule in text
+    return text.replace(rule, "")
+
+
+def test_ties_are_the_models_with_and_without_a_rule(llama: Callable[..., Any]) -> None:
+    for is_said in (True, False):
+        case = tied(llama())
+        case.text = case.text if is_said else without_head(case.text)
+        plan = case.plan()
+        assert plan.targets["lm_head.weight"].state == "tied"
+        assert plan.targets["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+        assert plan.sources["lm_head.weight"].state == "redundant"
+        assert sum(rule.count for rule in plan.rules) == len(plan.targets)
+        assert str(plan).count("tied to model.embed_tokens.weight") == 1
+
+
+def test_a_parameter_that_the_model_does_not_tie_needs_its_rule_and_its_tensor(llama: Callable[..., Any]) -> None:
+    case = llama()
+    assert case.plan().targets["lm_head.weight"].state == "filled"
+    del case.sources["lm_head.weight"]
+    assert case.problem().what == "1 tensor missing from the checkpoint"
+    case = llama()
+    case.text = without_head(case.text)
+    assert {problem.details for problem in case.problems()} == {("lm_head.weight",)}
+
+
+def test_the_rule_of_a_tied_parameter_names_the_copy(plan_of: Callable[..., Plan]) -> None:
+    sources = {"e": (2,), "old.h": (2,)}
+    plan = plan_of("parameters: {e: same, h: old.h}", sources, {"e": (2,)}, ties={"h": "e"})
+    assert (plan.sources["old.h"].state, plan.sources["old.h"].note) == ("redundant", "e")
+    plan = plan_of("parameters: {e: same, h: old.h}", {"old.h": (2,)}, {"e": (2,)}, ties={"h": "e"})
+    assert plan.steps["e"][0].read == "old.h"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "{of: h, offset: 1}",
+        "{of: h, scale: 2}",
+        "{of: h, transpose: true}",
+        "{of: h, axes: i j -> j i}",
+        "{of: h, pad: {size: 3}}",
+        "{of: h, take: {start: 0, size: 2, out_of: 4}}",
+        "{of: {concat: [h, g]}}",
+        "{concat: [h, g]}",
+        "{create: 0}",
+    ],
+)
+def test_the_rule_of_a_tied_parameter_makes_nothing_of_it(
+    rule: str, plan_problems: Problems, plan_of: Callable[..., Plan]
+) -> None:
+    text = "parameters:\n  e: same\n  h: %s"
+    shapes = {"e": (2, 2), "h": (2, 2)}, {"e": (2, 2)}
+    problem = only(plan_problems(text % rule, *shapes, ties={"h": "e"}))
+    assert problem.where == "m.yaml:4:3"
+    assert problem.what == "the model ties h to e, so its rule can only name the copy that a checkpoint may hold"
+    assert problem.fix == "write '{when: CONDITION, same: true}' as the first choice, for configs that tie them"
+    plan = plan_of(text % f"[{{when: is_tied, same: true}}, {rule}]", *shapes, ties={"h": "e"}, is_tied=True)
+    assert plan.sources["h"].state == "redundant"
 
 
 def test_a_copy_of_a_tied_tensor_must_have_its_shape(llama: Callable[..., Any]) -> None:
-    case = llama()
-    case.config["tie_word_embeddings"] = True
-    del case.targets["lm_head.weight"]
-    case.ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    case = tied(llama())
     assert case.plan().sources["lm_head.weight"].state == "redundant"
     case.sources["lm_head.weight"] = Spec((49, 64), "BF16")
     problem = case.problem()

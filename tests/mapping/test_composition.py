@@ -158,13 +158,15 @@ class Composer:
         choices = [heads for heads in range(1, shape[0]) if shape[0] % (2 * heads) == 0]
         if not choices:
             return None
-        heads = self._pick(choices)
+        heads, name = self._pick(choices), self._name("h")
+        self.sizes[name] = heads
         operand, inner = self.operand(shape, depth, free)
 
         def value(env: Env) -> torch.Tensor:
             return inner(env).unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
-        return {"of": operand, "rope_permute": heads}, value
+        others = " ".join("bcd"[: len(shape) - 1])
+        return {"of": operand, "axes": f"({name} r 2) {others} -> ({name} 2 r) {others}"}, value
 
     def _any_of(self, shape: tuple[int, ...], depth: int, free: frozenset[str]) -> tuple[Any, Value]:
         operand, value = self.operand(shape, depth, free)

@@ -80,10 +80,8 @@ def test_a_transpose_of_a_square_is_a_change(plan_of: PlanOf) -> None:
 
 
 def test_two_orders_for_which_there_are_no_words_are_told_in_numbers(plan_of: PlanOf) -> None:
-    old, new = (
-        plan_of(f"parameters: {{a: {{of: a, rope_permute: {heads}}}}}", {"a": (24, 2)}, {"a": (24, 2)})
-        for heads in (2, 3)
-    )
+    text, shapes = "sizes: {h: %d}\nparameters: {a: {of: a, axes: (h r 2) i -> (h 2 r) i}}", {"a": (24, 2)}
+    old, new = (plan_of(text % heads, shapes, shapes) for heads in (2, 3))
     (change,) = diff_plans(old, new).changes
     assert change.kind == "layout"
     assert change.details[0].startswith("a: sizes [2, ")
@@ -146,8 +144,8 @@ def test_a_parameter_that_becomes_a_constant_is_told(changes: Any) -> None:
 
 def test_other_ties_are_told(plan_of: PlanOf) -> None:
     shapes = {"a": (3,), "b": (3,)}
-    text = "parameters: {a: same, b: same, c: {tie: %s}}"
-    old, new = (plan_of(text % to, shapes, shapes, ties={"c": to}) for to in ("a", "b"))
+    text = "parameters: {a: same, b: same, c: same}"
+    old, new = (plan_of(text, shapes, shapes, ties={"c": to}) for to in ("a", "b"))
     (change,) = diff_plans(old, new).changes
     assert change == Change("parameter", "c", "tied", ("tied to a -> tied to b",))
     untied = plan_of("parameters: {a: same, b: same, c: same}", {**shapes, "c": (3,)}, {**shapes, "c": (3,)})

@@ -14,7 +14,7 @@ import torch
 from tepatch.errors import PlanError, SaveError
 from tepatch.mapping import parse_mapping
 from tepatch.planning import Plan, Spec, make_export_plan
-from tepatch.planning.identity import make_native_plan
+from tepatch.planning.identity import make_identity_plan
 from tepatch.transfer.steps import assemble, check_constants
 
 PlanOf = Callable[..., Plan]
@@ -24,7 +24,7 @@ ignore:
   - old.{layer}: no longer needed
 parameters:
   embed: {of: embed, pad: {size: 5, value: 1}}
-  head: {tie: embed}
+  head: same
   zero: {create: 0}
   layers.{layer}:
     norm: {same: true, scale: 3, offset: 1}
@@ -219,7 +219,7 @@ def test_a_parameter_that_is_gone_is_an_error(llama: Callable[..., Any]) -> None
 
 
 def test_every_parameter_is_read_from_its_own_name(plan: Plan) -> None:
-    native = make_native_plan(plan, plan.writes, location="here", where="tepatch.json")
+    native = make_identity_plan(plan, plan.writes, location="here", where="tepatch.json")
     held = values(TARGETS)
     assert all(torch.equal(assemble(native, name, held.__getitem__), held[name]) for name in native.writes)
     assert native.targets["head"].tied_to == "embed"
@@ -239,5 +239,5 @@ def test_tensors_that_are_not_the_parameters_are_named(name: str, spec: Spec | N
     tensors = {**plan.writes, name: spec}
     held = {key: value for key, value in tensors.items() if value is not None}
     with pytest.raises(PlanError, match=message) as caught:
-        make_native_plan(plan, held, location="here", where="tepatch.json")
+        make_identity_plan(plan, held, location="here", where="tepatch.json")
     assert name in str(caught.value)

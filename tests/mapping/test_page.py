@@ -177,7 +177,7 @@ def write(tmp_path: Path) -> Callable[[Plan], Path]:
 PlanOf = Callable[..., Plan]
 Write = Callable[[Plan], Path]
 
-RULES = """sizes: {g: 2, d: 2}
+RULES = """sizes: {g: 2, d: 2, h: 2}
 captures: {e: 3}
 ignore:
   - old: no longer needed
@@ -190,13 +190,13 @@ parameters:
   transposed: {of: t, transpose: true}
   turned: {stack: {of: 'y.{e}', transpose: true}, over: e}
   glu: {interleave: [gate, up], block: 2}
-  rope: {of: r, rope_permute: 2}
+  rope: {of: r, axes: (h r 2) i -> (h 2 r) i}
   low: {of: half, take: {out_of: 9, start: 0, size: 5}}
   high: {of: half, take: {out_of: 9, start: 5, size: 4}}
   padded: {of: p, pad: {size: 5, value: 7}}
   norm: {of: n, offset: 1, scale: 2}
   constant: {create: 3}
-  head: {tie: concat}
+  head: same
   never: {when: false == true, of: nothing}
 """
 SOURCES = {
@@ -423,7 +423,8 @@ def test_the_period_that_is_enlarged_holds_all_that_comes_again(
 
 
 def test_rows_in_another_order_are_enlarged(browser: Browser, write: Write, plan_of: PlanOf) -> None:
-    plan = plan_of("parameters: {q: {of: q, rope_permute: 32}}", {"q": (2048, 64)}, {"q": (2048, 64)})
+    text, shapes = "sizes: {h: 32}\nparameters: {q: {of: q, axes: (h r 2) i -> (h 2 r) i}}", {"q": (2048, 64)}
+    plan = plan_of(text, shapes, shapes)
     browser.open(write(plan), "q")
     assert legend(browser)[0][5] == "rows in another order"
     assert browser.run("document.querySelector('figcaption').textContent").startswith(

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tepatch.planning import Plan, Spec
-from tepatch.planning.plan import is_exact
 
 PlanOf = Callable[..., Plan]
 
@@ -21,7 +20,7 @@ ignore:
   - old.{layer}: no longer needed
 parameters:
   embed: {of: embed, pad: {size: 5, value: 1}}
-  head: {tie: embed}
+  head: same
   zero: {create: 0}
   never: {when: false == true, of: nothing}
   layers.{layer}:
@@ -112,27 +111,6 @@ def test_a_copy_of_a_tied_tensor_can_be_rounded_too(llama: Callable[..., Any]) -
     case.ties = {"lm_head.weight": "model.embed_tokens.weight"}
     case.sources["lm_head.weight"] = Spec((50, 64), "F32")
     assert case.plan().inexact() == {"lm_head.weight": "F32 is rounded to BF16"}
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "exact"),
-    [
-        ("BF16", "BF16", True),
-        ("BF16", "F32", True),
-        ("F16", "F32", True),
-        ("F32", "F64", True),
-        ("F32", "BF16", False),
-        ("F32", "F16", False),
-        ("BF16", "F16", False),
-        ("F16", "BF16", False),
-        ("I64", "I64", True),
-        ("I64", "F64", False),
-        ("F8_E4M3", "F8_E4M3", True),
-        ("F8_E4M3", "BF16", False),
-    ],
-)
-def test_a_conversion_is_exact_if_it_loses_neither_precision_nor_range(source: str, target: str, exact: bool) -> None:
-    assert is_exact(source, target) is exact
 
 
 # -- JSON --

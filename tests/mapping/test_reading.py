@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tepatch.errors import Problem
 from tepatch.mapping import parse_mapping, read_mapping
 from tepatch.mapping.rules import Leaf, Parts
+from tepatch.planning import Plan
 
 Refused = Callable[..., list[Problem]]
 
@@ -111,7 +113,7 @@ def test_a_misspelt_constant_is_told(refused: Refused) -> None:
 def test_an_operand_that_is_no_operation_at_all_is_told(refused: Refused) -> None:
     problem = only(refused("parameters:\n  a: {concat: [b, {x: y}]}\n"))
     assert (problem.what, problem.fix) == ("not an operation", "no key is an operation")
-    assert problem.expected == "a tensor name, or one of of, same, concat, interleave, stack, any_of, create, tie"
+    assert problem.expected == "a tensor name, or one of of, same, concat, interleave, stack, any_of, create"
 
 
 @pytest.mark.parametrize("name", ["scale", "stacked", "tied", "block", "sizes", "offset", "other"])
@@ -129,7 +131,6 @@ def test_a_scope_may_be_called_nearly_like_an_operation(name: str) -> None:
         ("parameters: {a: {any_of: [b]}}", "m.yaml:2:26", "'any_of': List should have at least 2 items"),
         ("parameters: {a: {concat: [b, c], dim: x}}", "m.yaml:2:39", "'dim': Input should be a valid integer"),
         ("parameters: {a: {same: false}}", "m.yaml:2:24", "'same': Input should be True"),
-        ("parameters: {a: {of: b, cast: int8}}", "m.yaml:2:31", "'cast': Input should be 'float64'"),
         ("parameters: {a: {of: b, transpose: 1}}", "m.yaml:2:36", "'transpose': Input should be a valid boolean"),
         ("parameters: {a: {create: x}}", "m.yaml:2:26", "'create': Input should be a valid number"),
         ("parameters: {a: {create: '1'}}", "m.yaml:2:27", "'create': Input should be a valid number"),
@@ -157,7 +158,6 @@ def test_a_value_of_the_wrong_kind_is_told_once_at_its_place(
     ("rule", "key"),
     [
         ("{of: b, when: }", "when"),
-        ("{of: b, cast: }", "cast"),
         ("{of: b, pad: }", "pad"),
         ("{of: b, scale: null}", "scale"),
         ("{of: b, take: {out_of: 3, index: 1, start: }}", "start"),
@@ -199,7 +199,6 @@ def test_a_target_that_is_no_parameter_name_is_refused(refused: Refused) -> None
         ("x: y.{layers}", "'{layers}' in 'y.{layers}' is not a capture", "define it under 'captures'"),
         ("x: 'y.{layer}'", "'{layer}' in 'y.{layer}' is not bound by the target", "name it in the target or"),
         ("x.{layer}: 'y.{expert}'", "'{expert}' in 'y.{expert}' is not bound by the target", "name it in the target"),
-        ("x: {tie: 'y.{layer}'}", "'{layer}' in 'y.{layer}' is not bound by the target", "name it in the target or"),
         ("x.{d}: y", "'{d}' in 'x.{d}' is not a capture", "define it under 'captures'"),
     ],
 )
@@ -324,8 +323,7 @@ def test_a_wrong_expression_is_told_at_its_column(refused: Refused, text: str, w
         ("{interleave: [b, c], block: 2, sizes: [1, 1]}", "'block' gives every part the same size: drop 'sizes'"),
         ("{stack: b, over: nothing}", "'nothing' is not a capture that is free here"),
         ("{stack: {stack: b, over: layer}, over: layer}", "'layer' is not a capture that is free here"),
-        ("{of: b, transpose: true, axes: i j -> j i}", "use one of 'axes', 'transpose' and 'rope_permute'"),
-        ("{of: b, transpose: true, rope_permute: 2}", "use one of 'axes', 'transpose' and 'rope_permute'"),
+        ("{of: b, transpose: true, axes: i j -> j i}", "use one of 'axes' and 'transpose'"),
         ("{of: b, axes: i j -> j}", "both sides of 'i j -> j' must have the same axes"),
         ("{of: {same: true}, take: {out_of: 2, index: 0}}", "'take' needs a single source tensor"),
         ("{of: b, take: {out_of: 2}}", "'take' needs either 'index', or 'start' and 'size'"),
@@ -336,16 +334,54 @@ def test_a_wrong_expression_is_told_at_its_column(refused: Refused, text: str, w
             "'take' needs either 'index', or 'start' and 'size'",
         ),
         ("{concat: [b, {of: c, when: x}]}", "'when' belongs to the whole rule, not to a part of it"),
-        ("{concat: [b, {of: c, cast: float32}]}", "'cast' belongs to the whole rule, not to a part of it"),
-        ("{any_of: [b, {tie: c}]}", "'tie' stands alone: it can not be a part of something"),
-        ("{tie: b, scale: 2}", "'scale' means nothing with 'tie'"),
-        ("{tie: b, cast: float32}", "'cast' means nothing with 'tie'"),
         ("{create: 0, transpose: true}", "'transpose' means nothing with 'create'"),
         ("{create: 0, pad: {size: 1}}", "'pad' means nothing with 'create'"),
     ],
 )
 def test_what_contradicts_itself_is_refused(refused: Refused, rule: str, what: str) -> None:
     assert only(refused(f"captures: {{layer: 2}}\nparameters:\n  a: {rule}\n")).what == what
+
+
+REMOVED = [
+    ("{tie: b}", "m.yaml:3:7", "tie"),
+    ("[{when: x, tie: b}, same]", "m.yaml:3:17", "tie"),
+    ("{concat: [b, {tie: c}]}", "m.yaml:3:20", "tie"),
+    ("{of: b, tie: c}", "m.yaml:3:14", "tie"),
+    ("{of: b, rope_permute: 2}", "m.yaml:3:14", "rope_permute"),
+    ("{concat: [b, {of: c, rope_permute: 2}]}", "m.yaml:3:27", "rope_permute"),
+    ("{of: b, cast: float32}", "m.yaml:3:14", "cast"),
+    ("{create: 0, cast: float32}", "m.yaml:3:18", "cast"),
+]
+
+
+@pytest.mark.parametrize(("rule", "where", "key"), REMOVED)
+def test_what_was_removed_from_the_language_is_told_once_with_what_to_write(
+    refused: Refused, rule: str, where: str, key: str
+) -> None:
+    problem = only(refused(f"parameters:\n  a: {rule}\n"))
+    assert (problem.where, problem.what) == (where, f"'{key}' is no longer in the language")
+    assert problem.fix
+
+
+def test_what_was_removed_may_be_written_as_the_advice_says(refused: Refused, plan_of: Callable[..., Plan]) -> None:
+    text = "parameters:\n  a: same\n  b: [{when: is_tied, %s}, same]\n"
+    tie = only(refused(text % "tie: a")).fix
+    assert "'same: true'" in tie
+    plan = plan_of(text % "same: true", {"a": (2,)}, {"a": (2,)}, ties={"b": "a"}, is_tied=True)
+    assert (plan.targets["b"].state, plan.targets["b"].tied_to) == ("tied", "a")
+
+    text = "sizes: {%s}\nparameters:\n  a: {of: w, %s}\n  b: {of: v, %s}\n"
+    rope = refused(text % ("n: 3", "rope_permute: n", "rope_permute: n"))[0].fix
+    weight, bias, size = re.findall("'([^']*)'", rope)
+    shapes = {"w": (12, 5), "v": (12,)}, {"a": (12, 5), "b": (12,)}
+    plan = plan_of(text % (f"n: 3, {size}", weight, f"axes: {bias}"), *shapes)
+    rows = {copy.target: copy.pair.source_view().dims[0] for copy in plan.copies}
+    assert rows == {"a": ((3, 20),), "b": ((3, 4),)}
+
+    cast = only(refused("parameters:\n  a: {same: true, cast: float32}\n")).fix
+    assert cast.startswith("leave it out")
+    plan = plan_of("parameters:\n  a: {same: true}\n", {"a": (2,)}, {"a": (2,)}, target_dtype="F32")
+    assert plan.targets["a"].dtype == "F32"
 
 
 def test_a_capture_of_the_target_is_not_free_to_stack_over(refused: Refused) -> None:
@@ -358,7 +394,7 @@ def test_a_capture_of_the_target_is_not_free_to_stack_over(refused: Refused) -> 
 def test_all_problems_of_a_file_are_told_at_once(refused: Refused) -> None:
     problems = refused(
         "captures: {layer: 1 +}\nignore:\n  - a b: x\nrequires:\n  - {a: b, c: d}\n"
-        "parameters:\n  a..b: c\n  d: {concat: [e, f..g], sizes: [1]}\n  h: {tie: i, scale: 1}\n"
+        "parameters:\n  a..b: c\n  d: {concat: [e, f..g], sizes: [1]}\n  h: {create: 1, scale: 1}\n"
     )
     assert len(problems) == 7
 

@@ -170,9 +170,9 @@ def test_a_rule_is_for_a_parameter_outside_before_the_rest_is() -> None:
 
 
 def test_a_rule_outside_the_base_is_off_in_a_class_without_the_parameter() -> None:
-    text = TEXT + "  head.weight: {of: head.weight, offset: 1}\n  tied.weight: {tie: model.norm.weight}\n"
+    text = TEXT + "  head.weight: {of: head.weight, offset: 1}\n"
     plan = planned(checkpoint("model.", head="model.norm.weight"), parameters("model.", "model.norm.weight"), text=text)
-    assert [rule.state for rule in plan.rules if "head" in rule.target or "tied" in rule.target] == ["off", "off"]
+    assert [rule.state for rule in plan.rules if "head" in rule.target] == ["off"]
 
 
 def test_a_rule_with_a_slip_in_its_target_is_no_rule_of_another_class() -> None:

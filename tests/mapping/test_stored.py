@@ -25,7 +25,7 @@ ignore:
   - old.{layer}: no longer needed
 parameters:
   embed: {of: embed, pad: {size: 5, value: 1}}
-  head: {tie: embed}
+  head: same
   zero: {create: 0}
   never: {when: false == true, of: nothing}
   layers.{layer}:

@@ -17,6 +17,7 @@ from tepatch.views import (
     LayoutError,
     Pair,
     View,
+    coalesce,
     contiguous,
     join_dims,
     narrow,
@@ -146,6 +147,13 @@ def test_a_range_outside_a_dimension_is_refused(start: int, size: int) -> None:
 def test_a_range_that_is_not_one_strided_view_is_refused(start: int, size: int) -> None:
     with pytest.raises(LayoutError, match="begin or end inside a block of 4 \\(of 2\\)"):
         views.narrow_dim(((2, 100), (4, 1)), start, size)
+
+
+def test_neighbours_are_one_dimension_if_all_their_strides_go_on() -> None:
+    assert coalesce([(4, 6), (1, 9), (2, 3), (3, 1)]) == [(24, 1)]
+    assert coalesce([(2, 3, 6), (3, 1, 1)]) == [(2, 3, 6), (3, 1, 1)]
+    assert coalesce([(2, 3, 6), (3, 1, 2), (1, 0, 0)]) == [(6, 1, 2)]
+    assert coalesce([(1, 7)]) == []
 
 
 def test_blocks_that_touch_are_joined() -> None:

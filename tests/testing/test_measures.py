@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from tepatch.plugins import default_host
 from tepatch.testing.cases import Bench, Case
 from tepatch.testing.checkpoints import differences
-from tepatch.testing.parity import judge, numbers
+from tepatch.testing.parity import hold_to_rounding, numbers
 from tepatch.testing.results import Broken, NotApplicable
 
 TRUTH = torch.linspace(1, 2, 100, dtype=torch.float64)
@@ -29,26 +29,26 @@ def off(relative: float) -> torch.Tensor:
 
 
 def test_an_error_is_measured_by_that_of_hugging_face(bench: Bench) -> None:
-    figures = judge(bench, TRUTH, off(1e-6), off(3.9e-6)).figures
+    figures = hold_to_rounding(bench, TRUTH, off(1e-6), off(3.9e-6)).figures
     assert figures["ours"] == pytest.approx(3.9e-6)
     assert figures["theirs"] == pytest.approx(1e-6)
     assert figures["largest"] == pytest.approx(2.9e-6, rel=1e-3)
     with pytest.raises(Broken, match=r"4.10e-06, and may be 4.0 times Hugging Face's own, 1.00e-06"):
-        judge(bench, TRUTH, off(1e-6), off(4.1e-6))
+        hold_to_rounding(bench, TRUTH, off(1e-6), off(4.1e-6))
 
 
 def test_bfloat16_on_a_gpu_may_have_little_more_than_the_error_of_hugging_face(bench: Bench) -> None:
     bench = replace(bench, is_gpu=True)
-    judge(bench, TRUTH, off(1e-2), off(1.04e-2))
+    hold_to_rounding(bench, TRUTH, off(1e-2), off(1.04e-2))
     with pytest.raises(Broken, match=r"may be 1.05 times"):
-        judge(bench, TRUTH, off(1e-2), off(1.06e-2))
+        hold_to_rounding(bench, TRUTH, off(1e-2), off(1.06e-2))
 
 
 def test_one_number_that_is_far_off_is_seen_among_many(bench: Bench) -> None:
     ours = off(1e-4)
     ours[7] += 5e-4
     with pytest.raises(Broken, match=r"the largest difference is 2.\d+e-04 of the largest number"):
-        judge(bench, TRUTH, off(1e-4), ours)
+        hold_to_rounding(bench, TRUTH, off(1e-4), ours)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_can_not_be_compared_is_no_agreement(
     truth: torch.Tensor, ours: torch.Tensor, message: str, bench: Bench
 ) -> None:
     with pytest.raises(Broken, match=message):
-        judge(bench, truth, truth, ours)
+        hold_to_rounding(bench, truth, truth, ours)
 
 
 def test_outputs_are_all_floating_point_tensors_at_real_tokens() -> None:

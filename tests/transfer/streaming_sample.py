@@ -30,7 +30,7 @@ parameters:
   few: same
   apart.{expert}: {of: packed, take: {out_of: 4, index: expert, dim: 1}}
   embed: same
-  head: {tie: embed}
+  head: same
 """
 SHAPES: dict[str, tuple[int, ...]] = {
     **{"a": (70, 33), "b": (10, 33), "wide": (60, 41), "square": (48, 30), "q": (6, 50), "k": (3, 50), "v": (3, 50)},

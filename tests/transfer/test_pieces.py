@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tepatch.dtypes import item_size
 from tepatch.planning.bind import IDENTITY
 from tepatch.planning.plan import Step
-from tepatch.transfer.pieces import WIDENED, Piece, Tensor, cut, cut_apart, cut_compared, item_size
+from tepatch.transfer.pieces import WIDENED, Piece, Tensor, cut, cut_apart, cut_compared
 
 Make = Callable[..., Any]
 
