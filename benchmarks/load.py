@@ -84,9 +84,8 @@ SHARD_BYTES = 5 * 10**9
 SAMPLE_SECONDS = 0.005
 ANSWER_SECONDS = 300
 MIB = 1 << 20
-SOURCES = ("safetensors", "fastsafetensors", "runai", "instanttensor")
 LIMITS = ("read", "read-direct", "stream", "copy", "clone")
-OURS = ("tepatch", "tepatch-bypass", *(f"tepatch-{source}" for source in SOURCES), "tepatch-fp8")
+OURS = ("tepatch", "tepatch-bypass", "tepatch-safetensors", "tepatch-fp8")
 PEERS = ("transformers", "accelerate", "te_llama")
 CONTENDERS = (*LIMITS, *OURS, *PEERS)
 MAIN = ("read", "stream", "clone", "tepatch", "tepatch-fp8", "transformers")
@@ -94,7 +93,6 @@ MAIN = ("read", "stream", "clone", "tepatch", "tepatch-fp8", "transformers")
 # Whose first loads are timed unwatched.
 FRESH = ("stream", "tepatch", "tepatch-fp8", "transformers")
 COLD = ("read", "read-direct", "tepatch", "tepatch-bypass", "transformers")
-PACKAGES = {"fastsafetensors": "fastsafetensors", "runai": "runai_model_streamer", "instanttensor": "instanttensor"}
 
 Load = Callable[[], tuple[Any, dict[str, float]]]
 """Loads, and returns what holds the weights and what it says about its time."""
@@ -199,11 +197,7 @@ def _tepatch(kind: str, folder: Path, device: str, *, is_te: bool) -> Load:
     import tepatch_llama.layer  # noqa: F401
     from tepatch.transfer.settings import Reading
 
-    source = kind if kind in SOURCES else "direct"
-    if source in PACKAGES and importlib.util.find_spec(PACKAGES[source]) is None:
-        raise Skipped(f"{PACKAGES[source]} is not installed")
-    if source == "instanttensor" and device == "cpu":
-        raise Skipped("instanttensor reads to a GPU only")
+    settings = {"bypass": {"cache": "bypass"}, "safetensors": {"source": "safetensors"}}
     given: dict[str, Any] = {"precision": "fp8-current", "weights": "quantized"} if kind == "fp8" else {}
 
     def load() -> tuple[Any, dict[str, float]]:
@@ -212,7 +206,7 @@ def _tepatch(kind: str, folder: Path, device: str, *, is_te: bool) -> Load:
             folder,
             backend="te" if is_te and device == "cuda" else "reference",
             device=device,
-            reading=Reading(source=source, cache="bypass" if kind == "bypass" else "use"),
+            reading=Reading(**settings.get(kind, {})),
             progress=False,
             **given,
         )
@@ -691,7 +685,7 @@ def versions() -> dict[str, str | None]:
 
     found: dict[str, str | None] = {"cuda": torch.version.cuda}
     names = ("torch", "transformers", "safetensors", "accelerate", "transformer-engine", "tepatch")
-    for name in (*names, "fastsafetensors", "runai-model-streamer", "instanttensor"):
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

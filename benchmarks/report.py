@@ -2,10 +2,9 @@
 
     python benchmarks/report.py [--results benchmarks/results] [--images docs/images/charts]
 
-``load`` (from load_gpu.json and load_cpu.json), ``sources`` (load_gpu.json: who can read in tepatch's place), ``train``
-(train_gpu.json) and ``families`` (families_gpu.json), each as SVG and PNG; a chart whose results are not there is left
-out. The same results give the same files, byte for byte, with the same version of matplotlib, which only this script
-needs.
+``load`` (from load_gpu.json and load_cpu.json), ``train`` (train_gpu.json) and ``families`` (families_gpu.json), each
+as SVG and PNG; a chart whose results are not there is left out. The same results give the same files, byte for byte, with
+the same version of matplotlib, which only this script needs.
 """
 
 from __future__ import annotations
@@ -44,9 +43,6 @@ NAMES = {
     "tepatch-bypass": "tepatch, past the page cache",
     "tepatch-fp8": "tepatch, weights to FP8",
     "tepatch-safetensors": "tepatch, safetensors reads",
-    "tepatch-fastsafetensors": "tepatch, fastsafetensors reads",
-    "tepatch-runai": "tepatch, runai streamer reads",
-    "tepatch-instanttensor": "tepatch, instanttensor reads",
     "transformers": "transformers",
     "accelerate": "accelerate",
     "te_llama": "te_llama's loader",
@@ -58,7 +54,6 @@ NAMES = {
     "tepatch-fp8-current": "tepatch, FP8 (current)",
 }
 TRAINED = {**NAMES, "tepatch-fp8": "tepatch, FP8"}
-OTHER_SOURCES = ("tepatch-safetensors", "tepatch-fastsafetensors", "tepatch-runai", "tepatch-instanttensor")
 GRAY = ("read", "read-direct", "stream", "copy")
 
 
@@ -89,18 +84,12 @@ def load_panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
     for result in results:
         size = f"{result['bytes'] / 1e9:.1f} GB to {'the GPU' if result['device'] == 'cuda' else 'CPU memory'}"
         for kind, text in (("warm", "files in the page cache"), ("cold", "from the disk")):
-            left_out = {*OTHER_SOURCES, *(["tepatch-bypass"] if kind == "warm" else [])}
-            names = [name for name in result["runs"] if name not in left_out]
+            left_out = {"tepatch-safetensors", *(["tepatch-bypass"] if kind == "warm" else [])}
+            # Old results have contenders that there are no more.
+            names = [name for name in result["runs"] if name in NAMES and name not in left_out]
             if bars := _load_bars(result, kind, names):
                 panels.append(Panel(f"Loading {size}, {text}", _machine(result), bars))
     return panels
-
-
-def source_panels(result: dict[str, Any]) -> list[Panel]:
-    """Seconds until a model is loaded whose files a library has read, or tepatch; none if no library was there."""
-    bars = _load_bars(result, "warm", ("tepatch", *OTHER_SOURCES))
-    title = f"Loading {result['bytes'] / 1e9:.1f} GB to the GPU, files in the page cache, read by a library"
-    return [Panel(title, _machine(result), bars)] if len(bars) > 1 else []
 
 
 def _load_bars(result: dict[str, Any], kind: str, names: Iterable[str]) -> list[Bar]:
@@ -206,7 +195,6 @@ def charts(results: Path) -> dict[str, list[Panel]]:
     if loads := [found for name in ("load_gpu.json", "load_cpu.json") if (found := read(name))]:
         out["load"] = load_panels(loads)
     makers: dict[str, tuple[str, Callable[[dict[str, Any]], list[Panel]]]] = {
-        "sources": ("load_gpu.json", source_panels),
         "train": ("train_gpu.json", train_panels),
         "families": ("families_gpu.json", family_panels),
     }

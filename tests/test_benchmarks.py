@@ -281,17 +281,6 @@ def test_direct_reads_are_skipped_where_the_file_system_has_none(
         loading.prepare("read-direct", made, "cpu")
 
 
-@pytest.mark.parametrize("contender", ["tepatch-fastsafetensors", "tepatch-runai"])
-def test_a_source_that_is_a_library_loads_the_same_or_is_skipped(
-    loading: ModuleType, made: Path, contender: str
-) -> None:
-    try:
-        load = loading.prepare(contender, made, "cpu")
-    except loading.Skipped as reason:
-        pytest.skip(str(reason))
-    assert loading.timed(load, contender, made, "cpu", is_first=True)["differing"] == []
-
-
 def loaded(seconds: float, cold: float | None = None, **first: Any) -> dict[str, Any]:
     return {"warm": [{"seconds": seconds}], "cold": [{"seconds": cold}] if cold else [], "first": first}
 
@@ -378,7 +367,7 @@ def test_the_charts_are_drawn_from_the_results_the_same_each_time(
     for folder in ("one", "other"):
         monkeypatch.setattr(sys, "argv", ["report.py", "--images", str(tmp_path / folder)])
         report.main()
-    names = [f"{name}.{suffix}" for name in ("families", "load", "sources", "train") for suffix in ("png", "svg")]
+    names = [f"{name}.{suffix}" for name in ("families", "load", "train") for suffix in ("png", "svg")]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
@@ -401,16 +390,14 @@ def test_a_chart_without_results_is_left_out_and_medians_are_what_is_drawn(repor
     assert [(bar.value, bar.label) for bar in panel.bars] == [(0.5, "0.50 s   20.0 GB/s"), (2.0, "2.00 s   5.0 GB/s")]
 
 
-def test_libraries_that_read_have_a_chart_of_their_own(report: ModuleType, tmp_path: Path) -> None:
-    runs = {name: loaded(seconds, 9.0) for seconds, name in enumerate(("stream", "tepatch", "tepatch-runai"), start=1)}
+def test_the_chart_of_loading_has_no_other_reader_of_files(report: ModuleType, tmp_path: Path) -> None:
+    names = ("stream", "tepatch", "tepatch-safetensors", "tepatch-reader-of-old")
+    runs = {name: loaded(seconds, 9.0) for seconds, name in enumerate(names, start=1)}
     result = {"bytes": 10**10, "device": "cuda", "machine": {"card": "a card"}, "runs": runs}
     result["versions"] = {"torch": "2", "transformers": "5"}
     (tmp_path / "load_gpu.json").write_text(json.dumps(result))
     found = report.charts(tmp_path)
     assert [[bar.name for bar in panel.bars] for panel in found["load"]] == 2 * [[report.NAMES["stream"], "tepatch"]]
-    assert [[bar.name for bar in panel.bars] for panel in found["sources"]] == [
-        ["tepatch", report.NAMES["tepatch-runai"]]
-    ]
 
 
 def test_every_contender_and_peer_has_a_name_on_the_charts(

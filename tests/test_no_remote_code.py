@@ -257,7 +257,6 @@ REVIEWED = {
     ("tepatch/cli/diagnosing.py", "importlib.import_module"): "two names that stand there",
     ("tepatch/patch.py", "importlib.import_module"): "names that a plugin's Patch gives",
     ("tepatch/proven.py", "importlib.import_module"): "the modules of a patch's classes, and names that stand there",
-    ("tepatch/transfer/libraries.py", "importlib.import_module"): "names of a table beside it",
     ("plugins/tepatch-llama/src/tepatch_llama/__init__.py", "importlib.import_module"): "names of a table beside it",
 }
 """Calls that are as they should be, and why no name in them comes from a checkpoint."""

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 
 import torch
@@ -23,7 +24,6 @@ from tepatch.errors import LoadError, Problem, first_line
 from tepatch.planning.bind import IDENTITY
 from tepatch.planning.plan import Plan, Step
 from tepatch.progress import ProgressBar
-from tepatch.transfer.libraries import read_tensors
 from tepatch.transfer.pieces import Piece, Tensor, cut, cut_apart, cut_compared
 from tepatch.transfer.settings import Reading
 from tepatch.transfer.shards import Cut, clip, shard_shape
@@ -247,7 +247,11 @@ class _Load:
             self._count(info, bar)
 
     def _tensors(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        return read_tensors(self.checkpoint, infos, source=self.reading.source, device=self.to.device)
+        """The tensors of ``infos``, which are in the order of the files; each good until the next is asked for."""
+        for file, wanted in groupby(infos, key=lambda info: info.file):
+            with self.checkpoint.open(file) as shard:
+                for info in wanted:
+                    yield info, shard.read(info)
 
     def _count(self, info: TensorInfo, bar: ProgressBar) -> None:
         self.bytes_read += info.nbytes

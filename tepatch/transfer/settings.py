@@ -12,7 +12,7 @@ MIB = 1 << 20
 THREADS_CACHED, THREADS_UNCACHED = 8, 16
 """At most. From the page cache, more share one interpreter lock and one memory bus to no end; a disk wants more to do
 at once."""
-SOURCES = ("direct", "safetensors", "fastsafetensors", "runai", "instanttensor")
+SOURCES = ("direct", "safetensors")
 CACHES = ("use", "bypass")
 BOUNDS = {"threads": (1, 1024), "piece_bytes": (64, 1 << 30), "buffers": (1, 1 << 16)}
 
@@ -25,9 +25,8 @@ class Reading:
     """
 
     source: str = "direct"
-    """Who reads: ``direct`` (threads of our own, into pinned memory or into the parameters themselves), or a library:
-    ``safetensors`` (memory maps), ``fastsafetensors``, ``runai`` (runai-model-streamer) or ``instanttensor``, if it is
-    installed; for files that are safetensors. What follows is for ``direct`` alone."""
+    """Who reads safetensors files: ``direct`` (threads of our own, into pinned memory or into the parameters
+    themselves), or ``safetensors`` (that library's memory maps). What follows is for ``direct`` alone."""
     threads: int | None = None
     """Threads that read. Default: the CPU cores that this process may use, 8 at most if the page cache holds the files
     and 16 if it does not."""
@@ -52,7 +51,7 @@ class Reading:
                 raise _wrong(name, f"a whole number from {least:,} to {most:,}", value)
 
     def refuse_unused(self) -> None:
-        """Raise ``PlanError`` for a setting that is given to a library, which reads by its own means."""
+        """Raise ``PlanError`` for a setting that is given to the library, which reads by its own means."""
         if self.source == "direct":
             return
         for each in fields(self):
@@ -84,4 +83,12 @@ class Reading:
 
 
 def _wrong(name: str, expected: str, found: Any) -> PlanError:
-    return PlanError(Problem(where=f"reading.{name}", what="can not be used", expected=expected, found=repr(found)))
+    return PlanError(
+        Problem(
+            where=f"reading.{name}",
+            what="can not be used",
+            expected=expected,
+            found=repr(found),
+            fix="leave it out for the default",
+        )
+    )
