@@ -3,8 +3,8 @@
     python benchmarks/report.py [--results benchmarks/results] [--images docs/images/charts]
 
 ``load`` (from load_gpu.json and load_cpu.json), ``train`` (train_gpu.json) and ``families`` (families_gpu.json), each
-as SVG and PNG; a chart whose results are not there is left out. The same results give the same files, byte for byte, with
-the same version of matplotlib, which only this script needs.
+as SVG and PNG; a chart whose results are not there is left out. The same results give the same files, byte for byte,
+with the same version of matplotlib, which only this script needs.
 """
 
 from __future__ import annotations

@@ -490,6 +490,10 @@ def test_save_pretrained_writes_the_names_of_the_stock_round_trip(kind: str, gen
             parameter.zero_()
     ours.load_state_dict(tensors_in(tmp_path / "ours"))  # as Trainer does, which loses them in the stock model
     assert same(ours.state_dict(), held)
+    inside = {f"inner.{name}": tensor * 2 for name, tensor in tensors_in(tmp_path / "ours").items()}
+    torch.nn.ModuleDict({"inner": ours}).load_state_dict(inside)
+    assert same(ours.state_dict(), {name: tensor * 2 for name, tensor in held.items()})
+    ours.load_state_dict(held)
     copied = pickle.loads(pickle.dumps(ours))
     copied.save_pretrained(tmp_path / "copied")
     assert same(tensors_in(tmp_path / "copied"), tensors_in(tmp_path / "stock"))

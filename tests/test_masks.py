@@ -472,3 +472,11 @@ def test_a_stock_module_keeps_its_window_where_there_is_no_mask(num_queries: int
     weights = (query.double() @ key.double().transpose(-1, -2) * 0.25 + bias).softmax(-1)
     expected = (weights @ value.double()).transpose(1, 2)
     assert_close(out, expected, terms=16 + 2 * num_keys, condition=scores(query, key, 0.25))
+
+
+def test_a_mask_for_all_rows_of_a_batch_is_the_mask_of_each(tiny_llama: Any, save_checkpoint: Any) -> None:
+    model = tepatch.load("llama", save_checkpoint(tiny_llama()), backend="reference", progress=False)
+    ids = torch.arange(12).view(2, 6)
+    mask = (torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5) | torch.eye(6, dtype=torch.bool)
+    each = model(ids, attention_mask=mask.expand(2, 1, 6, 6)).logits
+    assert torch.equal(model(ids, attention_mask=mask).logits, each)

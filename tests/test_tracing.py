@@ -39,6 +39,10 @@ def exported(model: Any) -> Any:
     return torch.export.export(Logits(model), (IDS,), strict=False).module()
 
 
+def exported_strictly(model: Any) -> Any:
+    return torch.export.export(Logits(model), (IDS,), strict=True).module()
+
+
 def written_as_onnx(model: Any) -> Any:
     return torch.onnx.export(Logits(model), (IDS,), io.BytesIO(), dynamo=False)
 
@@ -48,7 +52,7 @@ def folder(tiny_llama: Callable[..., Any], save_checkpoint: Callable[..., Path])
     return save_checkpoint(tiny_llama())
 
 
-@pytest.mark.parametrize("record", [traced, exported, written_as_onnx])
+@pytest.mark.parametrize("record", [traced, exported, exported_strictly, written_as_onnx])
 def test_a_patched_model_is_not_recorded(record: Callable[[Any], Any], folder: Path) -> None:
     model = tepatch.load("llama", folder, backend="reference")
     with torch.no_grad():
@@ -75,9 +79,12 @@ def test_a_layer_is_not_recorded_by_itself(folder: Path) -> None:
     states = torch.zeros(1, 4, 64)
     with pytest.raises(UnsupportedError, match=r"torch\.jit\.trace: a patched model"):
         torch.jit.trace(layer, (states,), check_trace=False)
+    with pytest.raises(UnsupportedError, match=r"torch\.export: a patched model"):
+        torch.export.export(layer, (states,), strict=True)
 
 
-@pytest.mark.parametrize("record", [traced, exported])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of transformers' own model
+@pytest.mark.parametrize("record", [traced, exported, exported_strictly])
 def test_what_is_saved_can_be_recorded_as_the_error_says(
     record: Callable[[Any], Any], folder: Path, tmp_path: Path
 ) -> None:

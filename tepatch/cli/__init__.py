@@ -6,9 +6,12 @@ imported inside commands, so that listing plugins takes no longer than it must.
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tepatch.cli.benching import bench
 from tepatch.cli.certifying import certify
@@ -19,10 +22,36 @@ from tepatch.cli.listing import plugins, schema
 from tepatch.cli.output import say
 from tepatch.cli.planning import plan
 from tepatch.cli.verifying import verify
+from tepatch.errors import visible
 
 __all__ = ["app", "main"]
 
+
+class _Group(TyperGroup):
+    """The commands. What is said of wrong usage repeats what was typed, and a terminal is to obey none of it."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _escaped():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        with _escaped():
+            return super().invoke(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _escaped() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Of whichever Click this typer has, its own or the installed one.
+        if isinstance(error, typer.BadParameter.__mro__[1]):
+            error.message = visible(error.message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     # Plain help and plain tracebacks: a box around a message breaks the lines that editors and scripts read.

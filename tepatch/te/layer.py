@@ -41,7 +41,7 @@ from tepatch.te.nvidia.precision import (
 from tepatch.te.nvidia.quantized import is_quantized
 from tepatch.te.nvidia.weight_cache import forget_all, held_bytes, resting_scales
 from tepatch.te.optimizers import watch
-from tepatch.te.tracing import refuse_to_be_recorded
+from tepatch.te.tracing import refuse_to_be_recorded, refuse_to_be_walked_for_export
 
 _ARGUMENTS = ("use_reentrant", "context_fn", "determinism_check", "debug")
 """Of torch's ``checkpoint``, those that Transformer Engine's has too. It always restores the state of random numbers
@@ -68,6 +68,11 @@ class AcceleratedLayer(nn.Module):
         if self.precision is None:
             return super().__call__(*args, **kwargs)
         return _call_in(self.precision, super().__call__, args, kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        refuse_to_be_walked_for_export()
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:

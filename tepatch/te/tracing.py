@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from tepatch.errors import Problem, UnsupportedError
 
@@ -34,13 +37,32 @@ def refuse_to_be_recorded() -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         return  # which follows the questions below, and takes some for answered otherwise (torch 2.11)
-    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if is_traced or is_exporting():
-        raise UnsupportedError(
-            Problem(
-                where="torch.jit.trace" if is_traced else "torch.export",
-                what="a patched model can not be traced or exported: what its layers do depends on the batch",
-                fix="save it (tepatch.save), and trace or export the model that transformers loads; torch.compile "
-                "takes patched models as they are",
-            )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise _refused("torch.jit.trace")
+    if is_exporting():
+        raise _refused("torch.export")
+
+
+def refuse_to_be_walked_for_export() -> None:
+    """Raise the same where ``torch.export`` asks whoever calls this for its modules, as it does before it records.
+
+    With ``strict=True`` Dynamo records, and that lets no error but its own out.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back  # the walk through the modules around
+    if frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.export."):
+        raise _refused("torch.export")
+
+
+def _refused(where: str) -> UnsupportedError:
+    return UnsupportedError(
+        Problem(
+            where=where,
+            what="a patched model can not be traced or exported: what its layers do depends on the batch",
+            fix="save it (tepatch.save), and trace or export the model that transformers loads; torch.compile "
+            "takes patched models as they are",
         )
+    )

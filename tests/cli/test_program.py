@@ -41,6 +41,26 @@ def test_an_unknown_command_is_wrong_usage(run: Run) -> None:
     assert "convince" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("BAD",),
+        ("--BAD",),
+        ("plan", "--BAD"),
+        ("plan", "llama", "there", "BAD"),
+        ("plan", "llama", "there", "--dtype", "BAD"),
+        ("plan", "llama", "there", "--json=BAD"),
+        ("bench", "BAD"),
+        ("bench", "layer", "--BAD"),
+    ],
+)
+def test_nothing_in_an_error_of_wrong_usage_is_obeyed(arguments: tuple[str, ...], run: Run) -> None:
+    # A colour, a line that writes over the one before, and text from right to left.
+    result = run(*(each.replace("BAD", "a\x1b[31mb\rc\u202ed") for each in arguments))
+    assert result.exit_code == 2
+    assert result.stderr.replace("\n", "").isprintable()
+
+
 def test_the_module_runs_like_the_script(site: Site) -> None:
     result = site.run("--help")
     assert result.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations, product
 from math import prod
 
 import pytest
@@ -147,6 +148,25 @@ def test_a_range_outside_a_dimension_is_refused(start: int, size: int) -> None:
 def test_a_range_that_is_not_one_strided_view_is_refused(start: int, size: int) -> None:
     with pytest.raises(LayoutError, match="begin or end inside a block of 4 \\(of 2\\)"):
         views.narrow_dim(((2, 100), (4, 1)), start, size)
+
+
+def positions_of(dim: views.Dim) -> list[int]:
+    places = product(*(range(n) for n, _ in dim))
+    return [sum(i * stride for i, (_, stride) in zip(at, dim, strict=True)) for at in places]
+
+
+@pytest.mark.parametrize("dim", [((8, 1),), ((2, 99), (4, 1)), ((2, 99), (3, 10), (4, 1)), ((3, 1), (2, 50), (2, 7))])
+def test_each_range_of_a_dimension_of_blocks_is_where_its_positions_are(dim: views.Dim) -> None:
+    positions = positions_of(dim)
+    blocks = [prod(n for n, _ in dim[i:]) for i in range(1, len(dim) + 1)]
+    for start, end in combinations(range(len(positions) + 1), 2):
+        is_whole = any(end - start == block and start % block == 0 for block in blocks)
+        try:
+            offset, rest = views.narrow_dim(dim, start, end - start)
+        except LayoutError:
+            assert not is_whole
+            continue
+        assert [offset + each for each in positions_of(rest)] == positions[start:end]
 
 
 def test_neighbours_are_one_dimension_if_all_their_strides_go_on() -> None:

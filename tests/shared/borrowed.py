@@ -811,9 +811,9 @@ _PYTHON = (
     Borrowed(
         "sys",
         "_getframe",
-        "the caller's frame: nothing else tells who asks for a state dict to look its names up in the model, or walks "
-        "down by children to exchange layers",
-        ("tepatch.hf.translate", "tepatch.te.projections"),
+        "the caller's frame: nothing else tells who asks for a state dict to look its names up in the model, walks "
+        "down by children to exchange layers, or asks for modules to export them",
+        ("tepatch.hf.translate", "tepatch.te.projections", "tepatch.te.tracing"),
     ),
 )
 

@@ -316,6 +316,7 @@ def test_a_mask_of_floats_is_taken_if_it_only_hides() -> None:
         (torch.ones(2, 1, 3, 5, dtype=torch.bool), r"bool \[2, 1, 3, 5\]"),
         (torch.ones(2, 1, 4, 5, dtype=torch.int64), r"int64 \[2, 1, 4, 5\]"),
         (torch.ones(2, 4, 5, dtype=torch.bool), r"bool \[2, 4, 5\]"),
+        (torch.ones(2, 1, 1, 4, 5, dtype=torch.bool), r"bool \[2, 1, 1, 4, 5\]"),
     ],
 )
 def test_a_mask_of_another_form_is_named(mask: Any, found: str) -> None:
