@@ -415,6 +415,9 @@ def test_a_mask_beside_the_places_of_packed_sequences_has_to_say_the_same(
         model(ids, cu_seq_lens_q=starts.float(), use_cache=False)
     with pytest.raises(UnsupportedError, match="longest packed sequence"):
         model(ids, cu_seq_lens_q=starts, max_length_q=7.5, use_cache=False)
+    cache = model(ids, use_cache=True)[CACHE]
+    with pytest.raises(UnsupportedError, match="can not continue from a cache"):
+        model(ids, cu_seq_lens_q=starts, **{CACHE: cache})
 
 
 def test_a_batch_of_nothing_gives_nothing(tiny_llama: Any, save_checkpoint: Any) -> None:

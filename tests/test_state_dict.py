@@ -419,12 +419,13 @@ def test_a_wrong_shape_is_told_in_torchs_words_and_nothing_of_it_copied(load: Lo
     stock, model = load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = "model.layers.1.mlp.up_proj.weight"
-    messages = []
-    for each in (stock, model):
-        with pytest.raises(RuntimeError) as caught:
-            each.load_state_dict({name: torch.zeros(95, 64)}, strict=False)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    for shape in ((95, 64), (97, 64), (96,)):
+        messages = []
+        for each in (stock, model):
+            with pytest.raises(RuntimeError) as caught:
+                each.load_state_dict({name: torch.zeros(shape)}, strict=False)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
     assert_equal(model.state_dict(), before)
     gate = {name.replace("up", "gate"): torch.ones(96, 64)}
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -443,6 +444,9 @@ def test_a_parameter_and_one_of_its_parts_in_one_dict_are_an_error(load: Load) -
     mixed = other(stock.state_dict())
     fc1 = torch.cat([mixed.pop(part.replace("up", "gate")), mixed.pop(part)])
     assert model.load_state_dict(mixed | {own: fc1}) == ([], []), "other parameters may have other names"
+    assert torch.equal(model.model.layers[1].mlp.fc1_weight, fc1)
+    held = model.model.layers[1].mlp.fc1_weight.detach()
+    assert model.load_state_dict(mixed | {own: held}) == ([], []), "also if it is the model's own memory"
     assert torch.equal(model.model.layers[1].mlp.fc1_weight, fc1)
     assert torch.equal(model.state_dict()["model.layers.0.mlp.up_proj.weight"], mixed[part.replace("1", "0", 1)])
 

@@ -313,6 +313,11 @@ def test_an_empty_source_has_no_strides() -> None:
     assert source_strides(pair(contiguous((0, 4)), (0, 4)), (0, 4)) is None
 
 
+def test_a_source_of_which_elements_are_read_twice_has_no_strides() -> None:
+    twice = Pair((2, 4), (2, 1), (4, 1), 0, 0)
+    assert source_strides(twice, (8,)) is None
+
+
 # -- the proof --
 
 

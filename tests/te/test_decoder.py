@@ -20,6 +20,7 @@ from transformers import (
 
 import tepatch
 from tepatch.errors import UnsupportedError
+from tepatch.te.attention import SelfAttention
 from tepatch.te.decoder import attention_options, window_of
 
 
@@ -43,6 +44,19 @@ def test_a_head_dim_follows_from_the_sizes_where_the_config_has_none() -> None:
     assert (options["head_dim"], options["num_kv_heads"], options["dropout"], options["layer_idx"]) == (12, 4, 0.0, 3)
     config.head_dim = 16
     assert attention_options(config, 0)["head_dim"] == 16
+
+
+def test_the_backend_is_told_the_number_of_each_layer_from_1() -> None:
+    config = LlamaForCausalLM.config_class(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    layers = [SelfAttention(**attention_options(config, index)) for index in range(3)]
+    assert [layer.core_attention.layer_number for layer in layers] == [1, 2, 3]
+
+
+def test_the_backend_is_told_a_softcap_where_there_is_one() -> None:
+    config = LlamaForCausalLM.config_class(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    options = attention_options(config, 0)
+    capped, plain = SelfAttention(**options, softcap=30.0), SelfAttention(**options)
+    assert (capped.core_attention.softcap, plain.core_attention.softcap) == (30.0, 0.0)
 
 
 DECODERS: list[Any] = [LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Phi3ForCausalLM]

@@ -212,9 +212,28 @@ def test_a_query_that_sees_nothing_gives_zeros_whatever_the_backend_makes_of_it(
     assert (out == 0).all(-1).nonzero().tolist() == [[1, 5, 2]]
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (4, HEADS), (3, 2), (1, HEADS + 1)])
+def test_a_mask_for_another_batch_or_number_of_heads_is_refused(shape: tuple[int, int]) -> None:
+    x = torch.randn(3, 4, HEADS, CHANNELS)
+    core = resolve("reference").DotProductAttention(HEADS, CHANNELS, qkv_format="bshd")
+    with pytest.raises(UnsupportedError, match="another batch or another number of heads"):
+        attend(core, x, x, x, Masked(torch.ones(*shape, 4, 4, dtype=torch.bool)))
+
+
+def test_attention_both_ways_without_a_mask_sees_what_comes_later() -> None:
+    x = torch.randn(2, 4, HEADS, CHANNELS)
+    core = resolve("reference").DotProductAttention(HEADS, CHANNELS, qkv_format="bshd")
+    everything = Masked(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    out = attend(core, x, x, x, layout_of(None, 4, 4), is_causal=False)
+    condition = scores(x, x, core.softmax_scale)
+    assert_close(out, attend(core, x, x, x, everything), terms=CHANNELS + 8, condition=condition)
+
+
 def test_a_window_is_left_to_lengths_only_where_no_padding_lies_between_tokens() -> None:
     assert isinstance(layout_of(LEFT, 8, 8, window=3), Varlen)
     assert isinstance(layout_of(HOLES, 8, 8, window=3), Masked)
+    for rows in (HOLES[0, 0, 0].tolist(), [1] * 8), ([1] * 8, HOLES[0, 0, 0].tolist()):
+        assert isinstance(layout_of(numbers(*rows), 8, 8, window=3), Masked), "in any row"
 
 
 def test_packed_rows_without_padding_are_not_copied() -> None:
@@ -317,6 +336,7 @@ def test_a_mask_of_floats_is_taken_if_it_only_hides() -> None:
         (torch.ones(2, 1, 4, 5, dtype=torch.int64), r"int64 \[2, 1, 4, 5\]"),
         (torch.ones(2, 4, 5, dtype=torch.bool), r"bool \[2, 4, 5\]"),
         (torch.ones(2, 1, 1, 4, 5, dtype=torch.bool), r"bool \[2, 1, 1, 4, 5\]"),
+        (torch.ones(2, 1, 1, 5, 1, dtype=torch.int32), r"int32 \[2, 1, 1, 5, 1\]"),
     ],
 )
 def test_a_mask_of_another_form_is_named(mask: Any, found: str) -> None:
@@ -346,12 +366,26 @@ def test_packed_sequences_have_to_fit_the_tokens() -> None:
         packed_layout(starts.clone(), starts, 8, (4, 4))
 
 
+def test_a_mask_of_whole_rows_says_that_each_row_is_a_sequence() -> None:
+    starts, whole = torch.tensor([0, 4, 8], dtype=torch.int32), numbers([1] * 4, [1] * 4)
+    layout = packed_layout(starts, starts, 8, (4, 4), whole)
+    assert layout.cu_queries.tolist() == [0, 4, 8]
+    for other in ([0, 8], [0, 3, 8], [0, 2, 4, 6, 8]):
+        starts = torch.tensor(other, dtype=torch.int32)
+        with pytest.raises(UnsupportedError, match="say different things"):
+            packed_layout(starts, starts, 8, (None, None), whole)
+
+
 def test_what_is_known_of_a_mask_goes_along_to_another_device() -> None:
     there = torch.device("meta")
     plain = plain_mask(2, 5, torch.device("cpu"))
     moved = brought(plain, there)
     assert moved.device == there
     assert is_plain(moved)
+    for make, value in ((plain_tokens, True), (plain_mask, 1)):
+        back = brought(make(2, 7, there), torch.device("cpu"))
+        assert is_plain(back)
+        assert (back == value).all()
     mask = numbers([1, 1, 2, 2])
     assert brought(mask, there) is brought(mask, there)
     before = brought(mask, there)
