@@ -15,6 +15,8 @@ OLDEST_ACCELERATE ?= 1.12.0
 ARGS ?=
 # Of make fuzz
 MINUTES ?= 2
+# Of make mutants: how many of each module
+MUTANTS ?= 20
 
 VENV := .venv
 OLDEST_VENV := .venv-5.17
@@ -37,7 +39,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest test-slow test-all test-oldest test-matrix test-next fuzz lint fix clean
+.PHONY: help demo test pytest test-slow test-all test-oldest test-matrix test-next fuzz mutants lint fix clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -67,6 +69,11 @@ test-next: $(STAMP)  ## run a case of each family with newer versions than the p
 
 fuzz: $(STAMP)  ## change checkpoints at random for MINUTES (2), and see that only our errors come of it
 	@$(VENV)/bin/python scripts/fuzz.py --minutes $(MINUTES) $(ARGS)
+
+mutants: $(STAMP)  ## change lines of five modules at random, and see that tests notice: takes long
+	@$(VENV)/bin/python -m pip install -qq -c $(VENV)/constraints.txt -e ".[mutants]"
+	@$(VENV)/bin/python scripts/mutants.py write $(VENV)/mutants.jsonl --most $(MUTANTS)
+	@$(VENV)/bin/python scripts/mutants.py run $(VENV)/mutants.jsonl $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	@$(VENV)/bin/ruff check --quiet .
