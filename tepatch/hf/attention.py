@@ -252,7 +252,11 @@ def _packed_numbers(
     batch, tokens = query.shape[0], query.shape[2]
     if key.shape[2] != tokens:
         raise UnsupportedError(
-            Problem(where="cu_seq_lens_q", what="packed sequences can not continue from a cache", fix="use_cache=False")
+            Problem(
+                where="cu_seq_lens_q",
+                what="packed sequences can not continue from a cache",
+                fix="pass no cache, and use_cache=False",
+            )
         )
     key_starts = starts if key_starts is None else key_starts
     layout = packed_layout(starts, key_starts, batch * tokens, (lengths[0], lengths[1]), mask)

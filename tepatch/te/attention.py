@@ -255,7 +255,7 @@ class SelfAttention(nn.Module):
                 Problem(
                     where="cache",
                     what="packed sequences (cu_seq_lens_q) can not continue from a cache",
-                    fix="pass use_cache=False, or a batch of padded rows",
+                    fix="pass no cache, and use_cache=False; or pass a batch of padded rows",
                 )
             )
         starts, key_starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
