@@ -64,10 +64,10 @@ class Fitting:
         if self.checkpoint.manifest is not None:
             relation = self._relation_of(self.checkpoint.manifest)
             where = str(self.checkpoint.config_folder / MANIFEST)
-            native = make_identity_plan(
+            reading = make_identity_plan(
                 relation, self.checkpoint.tensors, location=self.checkpoint.location, where=where, notes=self._notes()
             )
-            return Fit(relation=relation, reading=native, layout=NATIVE)
+            return Fit(relation=relation, reading=reading, layout=NATIVE)
         try:
             plan = self._plan(self.rules)
         except PlanError:

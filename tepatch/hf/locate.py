@@ -83,16 +83,9 @@ def without_prefix(locator: Locator, rules: Rules, checkpoint: FolderCheckpoint)
     located = locator.at(rules, checkpoint.tensors, checkpoint.location)
     if locator.is_found(located.spelling):
         return checkpoint
-    names = {}
+    names, moves = {}, ((located.source, locator.base), (located.around, ""))
     for name in checkpoint.tensors:
-        path, place = next(
-            (
-                (path, place)
-                for path, place in ((located.source, locator.base), (located.around, ""))
-                if is_below(name, path)
-            ),
-            ("", ""),
-        )
+        path, place = next((move for move in moves if is_below(name, move[0])), ("", ""))
         names[name] = joined(place, name[len(path) + 1 :]) if path else name
     if len({*names.values()}) < len(names):
         return checkpoint  # making the plan tells what is wrong with it

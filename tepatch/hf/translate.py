@@ -4,8 +4,7 @@ A plan is the dictionary. For some architectures the stock model has other names
 (experts lie apart on disk, and are one parameter in memory): a state dict then has those in memory, as the stock
 model's has.
 
-What is translated are groups of tensors that share elements, all of a group or none, so
-that no element ever has two names. A tensor that is the same on both sides needs no translation.
+What is translated are groups of tensors that share elements (``tepatch.planning.groups``).
 """
 
 from __future__ import annotations
